@@ -1,0 +1,195 @@
+"""The ten signatures and the registry: all that a method needs to import.
+
+A folder of ``transforms/`` is one of these signatures. The containers are
+NamedTuples of pure functions, like optax's ``GradientTransformation``: they hold
+no arrays, and every state is a pytree of arrays that the caller carries.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import optax
+from optax.experimental import aggregating
+
+PyTree = Any
+Params = PyTree
+State = PyTree
+Batch = Mapping[str, jax.Array]
+Metrics = Mapping[str, jax.Array]
+LossFn = Callable[[Params], tuple[jax.Array, PyTree]]
+
+Aggregator = aggregating.Aggregator
+Update = optax.GradientTransformationExtraArgs
+
+FAMILIES = (
+  "updates",
+  "estimators",
+  "aggregators",
+  "compressors",
+  "cotangents",
+  "scores",
+  "params",
+  "inputs",
+  "controllers",
+  "objectives",
+)
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run; one sentence says where and why."""
+
+
+class Estimator(NamedTuple):
+  """f -> g: takes the place of ``jax.value_and_grad``.
+
+  Attributes:
+    init: ``init(params) -> state``.
+    estimate: ``estimate(loss_fn, params, state, **extra) -> ((loss, aux), grads,
+      state)``, where ``loss_fn(params) -> (loss, aux)`` with a scalar loss and
+      ``grads`` has the structure, shapes and dtypes of ``params``.
+  """
+
+  init: Callable[[Params], State]
+  estimate: Callable[..., tuple[tuple[jax.Array, PyTree], PyTree, State]]
+
+
+class Compressor(NamedTuple):
+  """g -> message -> g: what a sender transmits and a receiver makes of it.
+
+  ``state`` is known to both ends before the message is sent (a shared key, a warm
+  start); what only the sender knows, such as an error-feedback residual, belongs to
+  the wrapper ``compressed``.
+
+  Attributes:
+    init: ``init(params) -> state``.
+    compress: ``compress(updates, state, params=None, **extra) -> (message, state)``;
+      the message is a pytree of arrays of the size that travels.
+    decompress: ``decompress(message, state, like, **extra) -> updates``, where
+      ``state`` is the one that ``compress`` was given and ``like`` is a tree with the
+      shapes and dtypes of the updates (``params`` will do).
+  """
+
+  init: Callable[[Params], State]
+  compress: Callable[..., tuple[PyTree, State]]
+  decompress: Callable[..., PyTree]
+
+
+class Controller(NamedTuple):
+  """metrics -> hyperparameter, between steps.
+
+  Attributes:
+    init: ``init() -> (value, state)``: the float32 scalar for step 0.
+    update: ``update(metrics, state) -> (value, state)``: the value for the next
+      step. ``metrics["step"]`` is the int32 number of steps done so far.
+  """
+
+  init: Callable[[], tuple[jax.Array, State]]
+  update: Callable[[Metrics, State], tuple[jax.Array, State]]
+
+
+class Reparam(NamedTuple):
+  """theta -> theta through trainable factors (an adapter, a mask, a basis).
+
+  Attributes:
+    init: ``init(key, params) -> factors``: what is trained in place of params.
+    merge: ``merge(params, factors) -> params``: what the model applies.
+  """
+
+  init: Callable[[jax.Array, Params], PyTree]
+  merge: Callable[[Params, PyTree], Params]
+
+
+class Federated(NamedTuple):
+  """A federated method: one client's round and the server's answer to it.
+
+  Attributes:
+    init: ``init(params) -> (server_state, client_state)`` for one client.
+    client_update: ``client_update(params, server_state, client_state, batches, key)
+      -> (message, client_state)``; vmapped over a leading client axis.
+    server_update: ``server_update(params, server_state, messages, weights) ->
+      (params, server_state)``; messages carry a leading client axis.
+  """
+
+  init: Callable[[Params], tuple[State, State]]
+  client_update: Callable[..., tuple[PyTree, State]]
+  server_update: Callable[..., tuple[Params, State]]
+
+
+class Model(NamedTuple):
+  """What the pipeline asks of a model, whichever library wrote it.
+
+  Attributes:
+    init: ``init(key, inputs) -> (params, model_state)``; ``model_state`` is ``{}``
+      for a model without one.
+    apply: ``apply(params, model_state, inputs, *, key=None, train=False) ->
+      (outputs, model_state)``; ``key`` feeds dropout and the like.
+  """
+
+  init: Callable[[jax.Array, jax.Array], tuple[Params, State]]
+  apply: Callable[..., tuple[PyTree, State]]
+
+
+class Method(NamedTuple):
+  """A catalogue entry.
+
+  Attributes:
+    name: the one name of the method: file, function and config.
+    family: one of ``FAMILIES``.
+    factory: the public function of that name.
+    paper: authors, title and year.
+    arxiv: arXiv number, or "" when there is none.
+    seeds: rows of the literature list that the method came from.
+  """
+
+  name: str
+  family: str
+  factory: Callable[..., Any]
+  paper: str
+  arxiv: str
+  seeds: tuple[str, ...]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+REGISTRY: dict[str, Method] = {}
+
+
+def method(
+  *, family: str, paper: str, arxiv: str = "", seeds: tuple[str, ...] = ()
+) -> Callable[[F], F]:
+  """Registers the decorated factory under its own name.
+
+  Args:
+    family: one of ``FAMILIES``.
+    paper: "Authors, title, year".
+    arxiv: the arXiv number, without a prefix; "" when there is none.
+    seeds: rows of the literature list that the method came from.
+
+  Returns:
+    A decorator that returns the function unchanged.
+
+  Raises:
+    ValueError: unknown family, or a name that another function already has.
+
+  Examples:
+    >>> from gradlab.types import method
+    >>> method(family="update", paper="Cauchy, 1847")
+    Traceback (most recent call last):
+    ValueError: unknown family 'update'; allowed: updates, estimators, aggregators, \
+compressors, cotangents, scores, params, inputs, controllers, objectives.
+  """
+  if family not in FAMILIES:
+    raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}.")
+
+  def register(function: F) -> F:
+    name = function.__name__
+    known = REGISTRY.get(name)
+    if known is not None and known.factory.__module__ != function.__module__:
+      raise ValueError(
+        f"the method name {name!r} is taken by {known.factory.__module__}; "
+        "choose another."
+      )
+    REGISTRY[name] = Method(name, family, function, paper, arxiv, tuple(seeds))
+    return function
+
+  return register

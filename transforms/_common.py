@@ -1,0 +1,72 @@
+"""Helpers that several families share: keys, checks of arguments, leaf paths."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_key(key: int | jax.Array) -> jax.Array:
+  """A typed jax key from a typed key, a raw uint32 key or an int seed."""
+  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return key
+  if isinstance(key, jax.Array | np.ndarray) and key.ndim and key.dtype == jnp.uint32:
+    return jax.random.wrap_key_data(jnp.asarray(key))
+  return jax.random.key(key)
+
+
+def leaf_keys(key: jax.Array, tree: Any) -> Any:
+  """One key per leaf, folded with the leaf's path: independent of the tree's order."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.random.fold_in(
+      key, zlib.crc32(jax.tree_util.keystr(path).encode())
+    ),
+    tree,
+  )
+
+
+def concrete(value: Any) -> bool:
+  """Whether ``value`` is a number that can be checked now (not a tracer)."""
+  return not callable(value) and not isinstance(value, jax.core.Tracer)
+
+
+def check_range(
+  name: str,
+  value: Any,
+  low: float = -np.inf,
+  high: float = np.inf,
+  *,
+  open_low: bool = False,
+  open_high: bool = False,
+) -> None:
+  """Raises ValueError when a concrete ``value`` lies outside the interval.
+
+  Tracers and schedules pass: they can only be checked where they are computed.
+  """
+  if not concrete(value):
+    return
+  number = np.asarray(value)
+  above = number > low if open_low else number >= low
+  below = number < high if open_high else number <= high
+  if not np.all(above & below):
+    left, right = "(" if open_low else "[", ")" if open_high else "]"
+    if np.isinf(low):
+      left = "("
+    if np.isinf(high):
+      right = ")"
+    raise ValueError(
+      f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}."
+    )
+
+
+def check_float_leaves(tree: Any, method: str) -> None:
+  """Raises ValueError naming the first leaf that is not floating point."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      where = jax.tree_util.keystr(path) or "the only leaf"
+      raise ValueError(
+        f"{method} needs floating-point gradients, but {where} is "
+        f"{jnp.result_type(leaf)}."
+      )
