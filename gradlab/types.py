@@ -40,6 +40,14 @@ class ConfigError(ValueError):
   """A configuration that cannot be run; one sentence says where and why."""
 
 
+class NonFiniteError(RuntimeError):
+  """A run whose loss is no longer finite; the message names step and metric."""
+
+
+class Interrupted(RuntimeError):
+  """A run that was asked to stop and has saved its state."""
+
+
 class Estimator(NamedTuple):
   """f -> g: takes the place of ``jax.value_and_grad``.
 
@@ -140,6 +148,7 @@ class Method(NamedTuple):
     paper: authors, title and year.
     arxiv: arXiv number, or "" when there is none.
     seeds: rows of the literature list that the method came from.
+    static: float arguments that set shapes and so cannot be traced.
   """
 
   name: str
@@ -147,7 +156,8 @@ class Method(NamedTuple):
   factory: Callable[..., Any]
   paper: str
   arxiv: str
-  seeds: tuple[str, ...]
+  seeds: tuple[str, ...] = ()
+  static: tuple[str, ...] = ()
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -155,7 +165,12 @@ REGISTRY: dict[str, Method] = {}
 
 
 def method(
-  *, family: str, paper: str, arxiv: str = "", seeds: tuple[str, ...] = ()
+  *,
+  family: str,
+  paper: str,
+  arxiv: str = "",
+  seeds: tuple[str, ...] = (),
+  static: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
   """Registers the decorated factory under its own name.
 
@@ -164,6 +179,8 @@ def method(
     paper: "Authors, title, year".
     arxiv: the arXiv number, without a prefix; "" when there is none.
     seeds: rows of the literature list that the method came from.
+    static: float arguments that set shapes (a ratio, a rank); all others may be
+      traced.
 
   Returns:
     A decorator that returns the function unchanged.
@@ -189,7 +206,7 @@ compressors, cotangents, scores, params, inputs, controllers, objectives.
         f"the method name {name!r} is taken by {known.factory.__module__}; "
         "choose another."
       )
-    REGISTRY[name] = Method(name, family, function, paper, arxiv, tuple(seeds))
+    REGISTRY[name] = Method(name, family, function, paper, arxiv, seeds, static)
     return function
 
   return register

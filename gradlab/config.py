@@ -1,0 +1,141 @@
+"""Configs: an experiment as a mapping, checked before anything compiles."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from gradlab import data
+from gradlab.models import MODELS
+from gradlab.parts import Part, named, part
+from gradlab.schema import SCHEMA, at, fields, unknown
+from gradlab.types import ConfigError, Model
+
+
+def plain(config: Any) -> Any:
+  """Nested plain dicts in the order in which the fields were written."""
+  if isinstance(config, ml_collections.ConfigDict):
+    # keys() sorts; order is the meaning of stages and of the update chain
+    return {key: plain(config[key]) for key in vars(config)["_fields"]}
+  if isinstance(config, Mapping):
+    return {key: plain(value) for key, value in config.items()}
+  if isinstance(config, list | tuple):
+    return tuple(plain(value) for value in config)
+  return config
+
+
+def stage_parts(stage: Mapping[str, Any], root: str) -> dict[str, Any]:
+  """The parts of one resolved stage by slot; ``None`` where nothing is named."""
+
+  def single(slot: str, family: str) -> Part | None:
+    spec = stage.get(slot)
+    return None if spec is None else part(family, spec, slot, root=root, slot=slot)
+
+  def several(slot: str, family: str) -> dict[str, Part]:
+    return {
+      name: part(family, spec, f"{slot}.{name}", root=root, key=name, slot=slot)
+      for name, spec in (stage.get(slot) or {}).items()
+    }
+
+  kind = stage["kind"]
+  families = {"score": "scores", "edit": "params", "search": "inputs"}
+  parts: dict[str, Any] = {"objective": single("objective", "objectives")}
+  if kind in families:
+    parts["method"] = single("method", families[kind])
+  if kind == "train":
+    parts |= {
+      "tasks": several("tasks", "objectives"),
+      "estimator": single("estimator", "estimators"),
+      "aggregator": single("aggregator", "aggregators"),
+      "compressor": single("compressor", "compressors"),
+      "update": several("update", "updates"),
+      "edits": several("edits", "params"),
+    }
+  return parts
+
+
+def _resolve_stage(stage: Any, root: str, earlier: Sequence[str]) -> dict[str, Any]:
+  if not isinstance(stage, Mapping):
+    raise ConfigError(f"{root}: a stage is a mapping, got {stage!r}.")
+  kind = stage.get("kind", "train")
+  kinds = tuple(k for k in SCHEMA if k not in ("", "parallel"))
+  if kind not in kinds:
+    raise unknown(f"{root}.kind", "kind of stage", str(kind), kinds)
+  out = fields(stage, SCHEMA[kind], root)
+  stage_parts(out, root)
+  for name in ("scores", "inputs"):
+    if out.get(name) is not None and out[name] not in earlier:
+      raise ConfigError(
+        f"{root}.{name}: no earlier stage is called {out[name]!r}; "
+        f"earlier stages: {', '.join(earlier) or 'none'}."
+      )
+  if kind == "train":
+    _check_train(out, root)
+  elif kind != "edit":
+    _positive(out, root, "num_examples", "batch_size")
+  return out
+
+
+def _positive(stage: Mapping[str, Any], root: str, *names: str) -> None:
+  for name in names:
+    if name in stage and stage[name] < 1:
+      raise ConfigError(f"{root}.{name}: must be at least 1, got {stage[name]}.")
+
+
+def _check_train(stage: Mapping[str, Any], root: str) -> None:
+  _positive(stage, root, "steps", "batch_size", "steps_per_dispatch", "log_every")
+  for name in ("eval_every", "checkpoint_every"):
+    if stage[name] < 0:
+      raise ConfigError(f"{root}.{name}: must be 0 (off) or more, got {stage[name]}.")
+  if (stage["objective"] is None) == (stage["tasks"] is None):
+    raise ConfigError(f"{root}: give either objective or tasks.")
+  if not stage["update"]:
+    raise ConfigError(f"{root}.update: name at least one update rule.")
+  for name, edit in stage["edits"].items():
+    if edit.get("every") is not None and edit["every"] < 1:
+      raise ConfigError(f"{root}.edits.{name}.every: must be at least 1.")
+  over = (stage["aggregator"] or {}).get("over")
+  if over == "task" and stage["tasks"] is None:
+    raise ConfigError(f"{root}.aggregator.over: 'task' needs {root}.tasks.")
+
+
+def resolve(config: Any) -> dict[str, Any]:
+  """The whole config with every default written out, checked at every depth.
+
+  Args:
+    config: a ``ConfigDict`` or a mapping, as ``get_config()`` returns it.
+
+  Returns:
+    Nested plain dicts, in order, that JSON can hold (tuples become lists there).
+
+  Raises:
+    ConfigError: one sentence with the path of what is wrong.
+  """
+  given = plain(config)
+  if not isinstance(given, Mapping):
+    raise ConfigError(f"a config is a mapping of fields, got {type(config).__name__}.")
+  out = fields(given, SCHEMA[""], "")
+  out["parallel"] = fields(out["parallel"], SCHEMA["parallel"], "parallel")
+  named(out["data"], data.SOURCES, "data", "data source")
+  named(out["model"], MODELS, "model", "model")
+  if not out["stages"]:
+    raise ConfigError("stages: name at least one stage.")
+  stages: dict[str, Any] = {}
+  for name, stage in out["stages"].items():
+    stages[name] = _resolve_stage(stage, f"stages.{name}", tuple(stages))
+  out["stages"] = stages
+  return out
+
+
+def build_data(spec: Mapping[str, Any]) -> data.Dataset:
+  """The ``Dataset`` that the config's ``data`` names."""
+  function, given = named(spec, data.SOURCES, "data", "data source")
+  with at("data"):
+    return function(**given)
+
+
+def build_model(spec: Mapping[str, Any]) -> Model:
+  """The ``Model`` that the config's ``model`` names."""
+  function, given = named(spec, MODELS, "model", "model")
+  with at("model"):
+    return function(**given)

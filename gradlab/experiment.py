@@ -1,0 +1,113 @@
+"""An experiment built from its config: everything checked, nothing compiled."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gradlab import config as configs
+from gradlab import data, execution, schema
+from gradlab.gradients import loss_function
+from gradlab.parts import Part, build_part
+from gradlab.step import Program, make_program
+from gradlab.types import Batch, ConfigError, Metrics, Model, Params, PyTree, State
+
+
+class Pipeline(NamedTuple):
+  """A checked experiment.
+
+  Attributes:
+    config: the resolved config.
+    dataset: the data it names.
+    model: the model it names.
+    parts: name of a stage -> its parts.
+    programs: name of a train stage -> its ``init`` and ``step``.
+  """
+
+  config: dict[str, Any]
+  dataset: data.Dataset
+  model: Model
+  parts: dict[str, dict[str, Any]]
+  programs: dict[str, Program]
+
+
+def build(config: Any) -> Pipeline:
+  """Resolves a config and builds everything that it names, without compiling.
+
+  Args:
+    config: a ``ConfigDict`` or a mapping, as ``get_config()`` returns it.
+
+  Returns:
+    The ``Pipeline``; ``.programs["train"].step`` is the pure train step.
+
+  Raises:
+    ConfigError: one sentence with the path of what is wrong.
+  """
+  resolved = configs.resolve(config)
+  dataset = configs.build_data(resolved["data"])
+  model = configs.build_model(resolved["model"])
+  axis = "data" if resolved["parallel"]["mode"] == "pmap" else None
+  parts, programs = {}, {}
+  for name, stage in resolved["stages"].items():
+    path = f"stages.{name}"
+    parts[name] = configs.stage_parts(stage, path)
+    if stage["kind"] == "train":
+      programs[name] = make_program(parts[name], model, axis_name=axis)
+      _check_program(make_program(parts[name], model), dataset, stage, path)
+    _check_objectives(parts[name], model, dataset, path)
+  return Pipeline(resolved, dataset, model, parts, programs)
+
+
+def _example(dataset: data.Dataset, batch_size: int) -> PyTree:
+  batch = data.take(dataset.train, np.zeros(batch_size, np.int32))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def _check_program(
+  program: Program, dataset: data.Dataset, stage: Mapping[str, Any], path: str
+) -> None:
+  """Traces one step on shapes alone: what does not fit together is found here."""
+  batch = _example(dataset, stage["batch_size"])
+  with schema.at(path, also=(TypeError,)):
+    state = jax.eval_shape(program.init, jax.random.key(0), batch["inputs"])
+    after, _ = jax.eval_shape(program.step, state, batch)
+  if jax.tree.map(_type, state) != jax.tree.map(_type, after):
+    raise ConfigError(
+      f"{path}: one step changes the structure, shapes or dtypes of the state."
+    )
+
+
+def _type(leaf: Any) -> tuple[Any, Any]:
+  return leaf.shape, leaf.dtype
+
+
+def _check_objectives(
+  parts: Mapping[str, Any], model: Model, dataset: data.Dataset, path: str
+) -> None:
+  """Calls the objectives on shapes with the config's own numbers, to check those."""
+  objectives = {**parts.get("tasks", {}), "": parts["objective"]}
+  batch = _example(dataset, 2)
+  for task, part in objectives.items():
+    if part is None:
+      continue
+
+    def loss(batch: Batch, part: Part = part, task: str = task) -> Any:
+      params, model_state = model.init(jax.random.key(0), batch["inputs"])
+      built = build_part(part, {})
+      return loss_function(
+        built, model, model_state, batch, jax.random.key(0), head=task
+      )(params)
+
+    with schema.at(f"{path}.{part.path}", also=(TypeError, KeyError)):
+      jax.eval_shape(loss, batch)
+
+
+def evaluator(
+  pipeline: Pipeline, name: str
+) -> Callable[[Params, State, Batch], Metrics]:
+  """The compiled ``execution.make_evaluate`` of a stage's objectives."""
+  parts = pipeline.parts[name]
+  given = parts.get("tasks") or {"": parts["objective"]}
+  tasks = {task: build_part(part, {}) for task, part in given.items()}
+  return jax.jit(execution.make_evaluate(tasks, pipeline.model))

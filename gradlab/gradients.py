@@ -1,0 +1,217 @@
+"""From a batch to one gradient: the objective, the estimator and the aggregator.
+
+Where the sources of an aggregator come from is decided here: one gradient per task,
+per example, or (without an aggregator) one for the whole batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradlab.sharding import sync
+from gradlab.state import TrainState
+from gradlab.types import Batch, LossFn, Model, Params, PyTree, State
+
+Built = dict[str, Any]
+
+
+class Gradients(NamedTuple):
+  """What one batch says about the parameters.
+
+  Attributes:
+    loss: float32 scalar, the mean over the batch (the sum over tasks).
+    metrics: name -> float32 scalar.
+    grads: tree like ``params``.
+    model_state: the model's state after the batch.
+    estimator: the estimator's new state.
+    aggregator: the aggregator's new state.
+  """
+
+  loss: jax.Array
+  metrics: dict[str, jax.Array]
+  grads: Params
+  model_state: State
+  estimator: State
+  aggregator: State
+
+
+def loss_function(
+  objective: Callable[..., Any],
+  model: Model,
+  model_state: State,
+  batch: Batch,
+  key: jax.Array | None = None,
+  *,
+  train: bool = True,
+  head: str = "",
+) -> LossFn:
+  """``params -> (loss, (model_state, metrics))`` on one batch.
+
+  Args:
+    objective: ``objective(outputs, batch) -> (loss, metrics)``.
+    model: the model.
+    model_state: its state.
+    batch: arrays with a leading batch axis; the model sees ``batch["inputs"]``.
+    key: for dropout and the like.
+    train: whether the model is applied in training mode.
+    head: the entry of the outputs to use when the model has several named heads.
+  """
+
+  def loss_fn(params: Params) -> tuple[jax.Array, PyTree]:
+    outputs, new_state = model.apply(
+      params, model_state, batch["inputs"], key=key, train=train
+    )
+    if head and isinstance(outputs, Mapping):
+      outputs = outputs[head]
+    loss, metrics = objective(outputs, batch)
+    return loss, (new_state, metrics)
+
+  return loss_fn
+
+
+def extra_arguments(
+  loss_fn: LossFn, params: Params, batch: Batch, /, **more: Any
+) -> dict[str, Any]:
+  """The one vocabulary of extra arguments that a method may ask for by keyword."""
+
+  def value_fn(params: Params) -> jax.Array:
+    return loss_fn(params)[0]
+
+  grad_fn = jax.grad(value_fn)
+
+  def hvp(vector: Params) -> Params:
+    return jax.jvp(grad_fn, (params,), (vector,))[1]
+
+  return {"value_fn": value_fn, "grad_fn": grad_fn, "hvp": hvp, "batch": batch, **more}
+
+
+def _mean_floats(tree: PyTree, axis_name: str) -> PyTree:
+  return jax.tree.map(
+    lambda x: lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    tree,
+  )
+
+
+def _over_replicas(loss_fn: LossFn, axis_name: str | None) -> LossFn:
+  """The loss of the whole batch seen from one replica: its value and its gradient."""
+  if axis_name is None:
+    return loss_fn
+
+  def mean_loss(params: Params) -> tuple[jax.Array, PyTree]:
+    loss, aux = loss_fn(sync(params, axis_name))
+    return lax.pmean(loss, axis_name), _mean_floats(aux, axis_name)
+
+  return mean_loss
+
+
+def batch_loss(
+  built: Built,
+  model: Model,
+  model_state: State,
+  batch: Batch,
+  key: jax.Array,
+  axis_name: str | None = None,
+) -> LossFn:
+  """The stage's loss on a batch: the one objective, or the sum over the tasks."""
+  tasks = built["tasks"] or {"": built["objective"]}
+  losses = {
+    task: _over_replicas(
+      loss_function(objective, model, model_state, batch, key, head=task), axis_name
+    )
+    for task, objective in tasks.items()
+  }
+
+  def loss_fn(params: Params) -> tuple[jax.Array, PyTree]:
+    found = {task: loss(params) for task, loss in losses.items()}
+    return _sum_tasks(found)
+
+  return losses[""] if not built["tasks"] else loss_fn
+
+
+def _sum_tasks(
+  found: Mapping[str, tuple[jax.Array, PyTree]],
+) -> tuple[jax.Array, PyTree]:
+  metrics: dict[str, jax.Array] = {}
+  for task, (loss, (_, aux)) in found.items():
+    metrics[f"{task}/loss"] = loss
+    metrics |= {f"{task}/{name}": value for name, value in aux.items()}
+  total = jnp.sum(jnp.stack([loss for loss, _ in found.values()]))
+  model_state = list(found.values())[-1][1][0]
+  return total, (model_state, metrics)
+
+
+def gradients(
+  built: Built,
+  model: Model,
+  state: TrainState,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  over: str | None = None,
+  axis_name: str | None = None,
+) -> Gradients:
+  """The gradient of a batch, through the estimator and over the aggregator's sources.
+
+  Args:
+    built: the stage's functions (``objective`` or ``tasks``, ``estimator``,
+      ``aggregator``).
+    model: the model.
+    state: the current train state.
+    batch: one batch, or one replica's share of it.
+    key: for the model.
+    over: where the aggregator's sources come from: "task", "example", or None for
+      one gradient of the whole batch and no aggregator.
+    axis_name: the ``pmap`` axis to average over.
+  """
+  params = state.params
+
+  def run(loss_fn: LossFn, estimator: State, batch: Batch) -> Any:
+    extras = extra_arguments(loss_fn, params, batch, key=key, model_apply=model.apply)
+    return built["estimator"].estimate(loss_fn, params, estimator, **extras)
+
+  if over is None:
+    loss_fn = batch_loss(built, model, state.model_state, batch, key, axis_name)
+    (loss, (model_state, metrics)), grads, estimator = run(
+      loss_fn, state.estimator, batch
+    )
+    return Gradients(loss, metrics, grads, model_state, estimator, state.aggregator)
+
+  if over == "task":
+    found, stack, estimator = {}, [], state.estimator
+    for task, objective in built["tasks"].items():
+      loss_fn = _over_replicas(
+        loss_function(objective, model, state.model_state, batch, key, head=task),
+        axis_name,
+      )
+      found[task], grad, estimator = run(loss_fn, estimator, batch)
+      stack.append(grad)
+    sources = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    loss, (model_state, metrics) = _sum_tasks(found)
+  else:
+
+    def one(example: Batch, index: jax.Array) -> Any:
+      single = jax.tree.map(lambda x: x[None], example)
+      own = jax.random.fold_in(key, index)
+      return run(
+        batch_loss(built, model, state.model_state, single, own),
+        state.estimator,
+        single,
+      )
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    (losses, (_, auxes)), sources, states = jax.vmap(one)(batch, jnp.arange(count))
+    loss, metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), (losses, auxes))
+    # the sources share their randomness, so any one of the new states will do
+    estimator = jax.tree.map(lambda x: x[0], states)
+    model_state = state.model_state
+    if axis_name is not None:
+      sources = lax.all_gather(sources, axis_name, axis=0, tiled=True)
+      loss, metrics = _mean_floats((loss, metrics), axis_name)
+
+  grads, aggregator = built["aggregator"].update(
+    sources, state.aggregator, params, batch=batch, key=key
+  )
+  return Gradients(loss, metrics, grads, model_state, estimator, aggregator)

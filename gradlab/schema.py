@@ -1,0 +1,137 @@
+"""The fields of a config: which there are, their types and their defaults."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gradlab import catalog
+from gradlab.types import ConfigError
+
+REQUIRED = inspect.Parameter.empty
+
+# Field -> (type or allowed words, default), by kind of stage; "" is the top level.
+SCHEMA: dict[str, dict[str, tuple[Any, Any]]] = {
+  "": {
+    "seed": (int, 0),
+    "data": (Mapping, REQUIRED),
+    "model": (Mapping, REQUIRED),
+    "parallel": (Mapping, {}),
+    "stages": (Mapping, REQUIRED),
+  },
+  "parallel": {
+    "mode": (("jit", "pmap"), "jit"),
+    "mesh": (Mapping, {"data": 1}),
+    "rules": (tuple, ()),
+  },
+  "train": {
+    "kind": (("train",), "train"),
+    "steps": (int, REQUIRED),
+    "batch_size": (int, REQUIRED),
+    "objective": (Mapping, None),
+    "tasks": (Mapping, None),
+    "estimator": (Mapping, None),
+    "aggregator": (Mapping, None),
+    "compressor": (Mapping, None),
+    "update": (Mapping, REQUIRED),
+    "edits": (Mapping, {}),
+    "steps_per_dispatch": (int, 100),
+    "log_every": (int, 50),
+    "eval_every": (int, 0),
+    "checkpoint_every": (int, 1000),
+    "on_nonfinite": (("stop", "continue"), "stop"),
+  },
+  "score": {
+    "kind": (("score",), "score"),
+    "method": (Mapping, REQUIRED),
+    "objective": (Mapping, None),
+    "split": (("train", "validation", "test"), "train"),
+    "num_examples": (int, 256),
+  },
+  "edit": {
+    "kind": (("edit",), "edit"),
+    "method": (Mapping, REQUIRED),
+    "scores": (str, None),
+    "hold_zeros": (bool, True),
+  },
+  "search": {
+    "kind": (("search",), "search"),
+    "method": (Mapping, REQUIRED),
+    "objective": (Mapping, REQUIRED),
+    "split": (("train", "validation", "test"), "test"),
+    "num_examples": (int, 256),
+  },
+  "evaluate": {
+    "kind": (("evaluate",), "evaluate"),
+    "objective": (Mapping, REQUIRED),
+    "split": (("train", "validation", "test"), "test"),
+    "inputs": (str, None),
+    "batch_size": (int, 256),
+  },
+}
+# Fields that a slot of the train stage takes beside the method's own arguments.
+SLOT_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
+  "aggregator": {"over": (("example", "task"), "example")},
+  "compressor": {"error_feedback": (bool, False)},
+  "edits": {
+    "every": (int, 1),
+    "start": (int, 0),
+    "stop": (int, None),
+    "hold_zeros": (bool, True),
+  },
+}
+
+
+@contextlib.contextmanager
+def at(path: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+  """Turns a ``ValueError`` raised inside into a ``ConfigError`` that names ``path``."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (ValueError, *also) as error:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    raise ConfigError(f"{path}: {said[0]}") from error
+
+
+def join(path: str, name: str) -> str:
+  return f"{path}.{name}" if path else name
+
+
+def unknown(path: str, kind: str, name: str, allowed: Sequence[str]) -> ConfigError:
+  near = catalog.nearest(name, tuple(allowed))
+  listed = "" if near else f" Allowed: {', '.join(allowed)}."
+  return ConfigError(f"{path}: unknown {kind} {name!r}.{near}{listed}")
+
+
+def check_value(value: Any, allowed: Any, path: str) -> Any:
+  if isinstance(allowed, tuple) and allowed and isinstance(allowed[0], str):
+    if value not in allowed:
+      raise ConfigError(f"{path}: {value!r} is not one of {', '.join(allowed)}.")
+    return value
+  integer_is_bool = allowed is int and isinstance(value, bool)
+  if integer_is_bool or not isinstance(value, allowed):
+    raise ConfigError(
+      f"{path}: expected {allowed.__name__.lower()}, got {value!r} "
+      f"({type(value).__name__})."
+    )
+  return value
+
+
+def fields(
+  given: Mapping[str, Any], schema: Mapping[str, tuple[Any, Any]], path: str
+) -> dict[str, Any]:
+  """The schema's fields filled with what is given; one sentence when they differ."""
+  for name in given:
+    if name not in schema:
+      raise unknown(join(path, str(name)), "field", str(name), tuple(schema))
+  out = {}
+  for name, (allowed, default) in schema.items():
+    value = given.get(name)
+    if value is None:
+      if default is REQUIRED:
+        raise ConfigError(f"{join(path, name)}: missing; it has no default.")
+      out[name] = default
+    else:
+      out[name] = check_value(value, allowed, join(path, name))
+  return out

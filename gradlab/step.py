@@ -1,0 +1,216 @@
+"""The train step: the parts of a stage made into one pure function.
+
+``batch -> objective -> estimator -> aggregator -> compressor -> update chain ->
+apply -> edits due``; controllers then set the hyperparameters of the next step.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gradlab.gradients import Built, batch_loss, extra_arguments, gradients
+from gradlab.parts import Part, build_controller, build_part
+from gradlab.state import TrainState
+from gradlab.transforms.aggregators import mean
+from gradlab.transforms.compressors import compressed
+from gradlab.transforms.estimators import backprop
+from gradlab.types import Batch, Metrics, Model, Params, PyTree, State
+
+Parts = Mapping[str, Any]
+
+
+class Program(NamedTuple):
+  """A train stage as two pure functions.
+
+  Attributes:
+    init: ``init(key, inputs, *, hyperparams=None, params=None, model_state=None,
+      masks=None) -> TrainState``; ``hyperparams`` overrides floats of the config by
+      path, ``params`` starts from given parameters.
+    step: ``step(state, batch) -> (state, metrics)``.
+    hyperparams: path -> the float that the config gives; what may be swept.
+  """
+
+  init: Callable[..., TrainState]
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  hyperparams: dict[str, float]
+
+
+def all_parts(parts: Parts) -> Iterator[Part]:
+  """Every part of a stage, the controllers of their arguments included."""
+  for value in parts.values():
+    for part in value.values() if isinstance(value, Mapping) else [value]:
+      if part is not None:
+        yield part
+        yield from all_parts(part.controllers)
+
+
+def _build(parts: Parts, values: Mapping[str, Any], key: jax.Array) -> Built:
+  """The parts' functions, with ``values`` as their hyperparameters."""
+
+  def one(part: Part) -> Any:
+    own = jax.random.fold_in(key, zlib.crc32(part.path.encode()))
+    return build_part(part, values, own)
+
+  def several(slot: str) -> dict[str, Any]:
+    return {name: one(part) for name, part in parts[slot].items()}
+
+  compressor = parts["compressor"]
+  return {
+    "objective": one(parts["objective"]) if parts["objective"] else None,
+    "tasks": several("tasks"),
+    "estimator": one(parts["estimator"]) if parts["estimator"] else backprop(),
+    "aggregator": one(parts["aggregator"]) if parts["aggregator"] else mean(),
+    "compressor": compressed(one(compressor), **compressor.fields)
+    if compressor
+    else None,
+    "update": optax.named_chain(*several("update").items()),
+    "edits": several("edits"),
+  }
+
+
+def _edit(
+  parts: Parts, built: Built, count: jax.Array, params: Params, masks: PyTree
+) -> tuple[Params, PyTree]:
+  """The edits that are due after ``count`` steps, and what they hold at zero."""
+  for name, function in built["edits"].items():
+    fields = parts["edits"][name].fields
+    since = count - fields["start"]
+    due = (since >= 0) & (since % fields["every"] == 0)
+    if fields["stop"] is not None:
+      due &= count <= fields["stop"]
+    edited = lax.cond(due, function, lambda p: p, params)
+    if fields["hold_zeros"]:
+      masks = jax.tree.map(
+        lambda m, a, b: m & ~((a != 0) & (b == 0)), masks, params, edited
+      )
+    params = edited
+  if masks is not None:
+    params = jax.tree.map(
+      lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), masks, params
+    )
+  return params, masks
+
+
+def make_program(
+  parts: Parts, model: Model, *, axis_name: str | None = None
+) -> Program:
+  """Builds ``init`` and ``step`` from the parts of a train stage.
+
+  Args:
+    parts: slot -> ``Part`` (``tasks``, ``update`` and ``edits``: name -> ``Part``),
+      as ``gradlab.config.stage_parts`` returns them.
+    model: the model to train.
+    axis_name: the axis to average over when the step runs under ``pmap``; the step
+      then gets one replica's share of the batch and returns the same numbers.
+  """
+  controllers = {
+    f"{part.path}.{name}": controller
+    for part in all_parts(parts)
+    for name, controller in part.controllers.items()
+  }
+  hyperparams = {
+    f"{part.path}.{name}": value
+    for part in all_parts(parts)
+    for name, value in part.floats.items()
+  }
+  over = parts["aggregator"].fields["over"] if parts["aggregator"] else None
+  holds = any(edit.fields["hold_zeros"] for edit in parts["edits"].values())
+
+  def init(
+    key: jax.Array,
+    inputs: jax.Array,
+    *,
+    hyperparams: Mapping[str, Any] | None = None,
+    params: Params | None = None,
+    model_state: State | None = None,
+    masks: PyTree = None,
+  ) -> TrainState:
+    model_key, parts_key, run_key = jax.random.split(key, 3)
+    values: dict[str, Any] = program.hyperparams | dict(hyperparams or {})
+    values = {path: jnp.asarray(v, jnp.float32) for path, v in values.items()}
+    controller_states = {}
+    for path, part in controllers.items():
+      start, controller_states[path] = build_controller(part, values).init()
+      values[path] = jnp.asarray(start, jnp.float32)
+    if params is None:
+      params, model_state = model.init(model_key, inputs)
+    built = _build(parts, values, parts_key)
+    if masks is None and holds:
+      masks = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+    return TrainState(
+      step=jnp.zeros([], jnp.int32),
+      params=params,
+      model_state={} if model_state is None else model_state,
+      update=built["update"].init(params),
+      estimator=built["estimator"].init(params),
+      aggregator=built["aggregator"].init(params) if over else (),
+      compressor=built["compressor"].init(params) if built["compressor"] else (),
+      controllers=controller_states,
+      masks=masks,
+      hyperparams=values,
+      key=run_key,
+    )
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(state.key, state.step)
+    model_key, update_key = jax.random.split(key)
+    if axis_name is not None:
+      model_key = jax.random.fold_in(model_key, lax.axis_index(axis_name))
+    built = _build(parts, state.hyperparams, key)
+    found = gradients(
+      built, model, state, batch, model_key, over=over, axis_name=axis_name
+    )
+    loss_fn = batch_loss(built, model, state.model_state, batch, model_key, axis_name)
+    extras = extra_arguments(
+      loss_fn,
+      state.params,
+      batch,
+      loss_fn=loss_fn,
+      value=found.loss,
+      key=update_key,
+      model_apply=model.apply,
+    )
+    grads, compressor = found.grads, state.compressor
+    if built["compressor"]:
+      grads, compressor = built["compressor"].update(
+        grads, compressor, state.params, **extras
+      )
+    updates, update = built["update"].update(
+      grads, state.update, state.params, **extras
+    )
+    params = optax.apply_updates(state.params, updates)
+    count = state.step + 1
+    params, masks = _edit(parts, built, count, params, state.masks)
+
+    metrics = {"loss": found.loss, **found.metrics}
+    for path in controllers:
+      metrics[f"hyperparams/{path}"] = state.hyperparams[path]
+    values, controller_states = dict(state.hyperparams), {}
+    for path, part in controllers.items():
+      controller = build_controller(part, state.hyperparams)
+      value, controller_states[path] = controller.update(
+        {**metrics, "step": count}, state.controllers[path]
+      )
+      values[path] = jnp.asarray(value, jnp.float32)
+    new_state = TrainState(
+      step=count,
+      params=params,
+      model_state=found.model_state,
+      update=update,
+      estimator=found.estimator,
+      aggregator=found.aggregator,
+      compressor=compressor,
+      controllers=controller_states,
+      masks=masks,
+      hyperparams=values,
+      key=state.key,
+    )
+    return new_state, metrics
+
+  program = Program(init, step, hyperparams)
+  return program

@@ -1,0 +1,97 @@
+"""Runs one experiment: ``python -m gradlab.launch.train --config=FILE --workdir=DIR``.
+
+Any field of the config can be set from the command line, for example
+``--config.stages.train.update.adan.learning_rate=3e-3``. A run whose folder exists
+goes on where it stopped; SIGTERM saves a checkpoint and ends with exit code 0.
+"""
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn
+
+from gradlab import pipeline
+from gradlab.launch import _cache
+from gradlab.types import ConfigError, Interrupted, NonFiniteError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+RESUME = flags.DEFINE_bool("resume", True, "Go on where a run in the folder stopped.")
+
+
+class _Bar:
+  """A live line per stage: step, metrics and time left."""
+
+  def __init__(self, progress: Progress) -> None:
+    self._progress = progress
+    self._tasks: dict[str, Any] = {}
+
+  def __call__(
+    self, stage: str, step: int, steps: int, metrics: Mapping[str, float]
+  ) -> None:
+    if stage not in self._tasks:
+      self._tasks[stage] = self._progress.add_task(stage, total=steps, said="")
+    said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    self._progress.update(self._tasks[stage], completed=step, said=said)
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+  return [argument for argument in argv if argument.startswith("--config.")]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment and prints its numbers and its folder."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)
+  console = Console(highlight=False)
+  asked: list[int] = []
+  signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+  columns = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[said]}"),
+  )
+  with Progress(*columns, console=console) as progress:
+    result = pipeline.run(
+      CONFIG.value,
+      WORKDIR.value,
+      overrides=_overrides(sys.argv),
+      resume=RESUME.value,
+      should_stop=lambda: bool(asked),
+      progress=_Bar(progress),
+    )
+  for stage, metrics in result["metrics"].items():
+    said = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+    console.print(f"{stage}: {said}")
+  console.print(f"run folder: {WORKDIR.value}", soft_wrap=True)
+
+
+def run() -> None:
+  """The console entry point: errors of the user are one line and exit code 2."""
+  flags.mark_flags_as_required(["config", "workdir"])
+  _cache.use()
+  try:
+    app.run(main)
+  except (ConfigError, NonFiniteError) as error:
+    sys.exit(_fail(error))
+  except Interrupted as stopped:
+    print(stopped)
+    sys.exit(0)
+
+
+def _fail(error: Exception) -> int:
+  print(f"error: {error}", file=sys.stderr)
+  return 2
+
+
+if __name__ == "__main__":
+  run()
