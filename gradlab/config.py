@@ -131,11 +131,13 @@ def build_data(spec: Mapping[str, Any]) -> data.Dataset:
   """The ``Dataset`` that the config's ``data`` names."""
   function, given = named(spec, data.SOURCES, "data", "data source")
   with at("data"):
-    return function(**given)
+    built: data.Dataset = function(**given)
+  return built
 
 
 def build_model(spec: Mapping[str, Any]) -> Model:
   """The ``Model`` that the config's ``model`` names."""
   function, given = named(spec, MODELS, "model", "model")
   with at("model"):
-    return function(**given)
+    built: Model = function(**given)
+  return built

@@ -20,6 +20,8 @@ from gradlab.state import TrainState
 from gradlab.step import Program
 from gradlab.types import Batch, ConfigError, Metrics, Model, Params, PyTree, State
 
+Dispatch = Callable[[PyTree, int, int], Any]
+
 
 class Execution(NamedTuple):
   """A compiled train stage.
@@ -34,7 +36,7 @@ class Execution(NamedTuple):
   """
 
   init: Callable[..., PyTree]
-  dispatch: Callable[[PyTree, int, int], tuple[PyTree, Metrics]]
+  dispatch: Dispatch
   target: PyTree
   place: Callable[[TrainState], PyTree]
   local: Callable[[PyTree], TrainState]
@@ -123,7 +125,8 @@ def _compile_jit(
   spread = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh, leading=1))
 
   def init(**given: Any) -> TrainState:
-    return jax.jit(start, out_shardings=placed)(**given)
+    state: TrainState = jax.jit(start, out_shardings=placed)(**given)
+    return state
 
   def spread_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     one = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
@@ -134,15 +137,13 @@ def _compile_jit(
   jitted = functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(placed, replicated)
   )
-  dispatch: Callable[[PyTree, int, int], tuple[PyTree, Metrics]]
+  dispatch: Dispatch
   if isinstance(train, Mapping):
     arrays = {n: jax.device_put(np.asarray(a), replicated) for n, a in train.items()}
     run_rows = jitted(functools.partial(scan_steps, spread_program))
     count = data.num_examples(train)
 
-    def dispatch(
-      state: TrainState, start: int, num_steps: int
-    ) -> tuple[TrainState, Metrics]:
+    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
       return run_rows(
         state, arrays, data.index_block(seed, start, num_steps, count, batch_size)
       )
@@ -150,9 +151,7 @@ def _compile_jit(
     read = _reader(train, seed, batch_size)
     run_batches = jitted(lambda state, b: lax.scan(spread_program.step, state, b))
 
-    def dispatch(
-      state: TrainState, start: int, num_steps: int
-    ) -> tuple[TrainState, Metrics]:
+    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
       batches = {
         name: jax.make_array_from_process_local_data(spread, values)
         for name, values in read(start, num_steps).items()
@@ -232,13 +231,13 @@ def _compile_pmap(
   def init(**given: Any) -> PyTree:
     return place(jax.jit(start)(**given))
 
-  dispatch: Callable[[PyTree, int, int], tuple[PyTree, Metrics]]
+  dispatch: Dispatch
   if isinstance(train, Mapping):
     arrays = sharding.replicate({n: np.asarray(a) for n, a in train.items()}, local)
     run_rows = pmapped(functools.partial(scan_steps, program))
     count = data.num_examples(train)
 
-    def dispatch(state: PyTree, start: int, num_steps: int) -> tuple[PyTree, Metrics]:
+    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
       rows = data.index_block(seed, start, num_steps, count, batch_size)
       rows = rows.reshape(num_steps, total, -1).swapaxes(0, 1)
       state, metrics = run_rows(state, arrays, rows[first : first + local])
@@ -247,7 +246,7 @@ def _compile_pmap(
     read = _reader(train, seed, batch_size)
     run_batches = pmapped(lambda state, b: lax.scan(program.step, state, b))
 
-    def dispatch(state: PyTree, start: int, num_steps: int) -> tuple[PyTree, Metrics]:
+    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
       batches = {
         name: values.reshape(num_steps, local, -1, *values.shape[2:]).swapaxes(0, 1)
         for name, values in read(start, num_steps).items()
@@ -285,7 +284,7 @@ def make_evaluate(
 
 
 def evaluate_split(
-  evaluate: Callable[[Batch], Metrics], batches: Iterator[Batch]
+  evaluate: Callable[[Any], Metrics], batches: Iterator[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
   """The exact mean of every metric over a split; ``evaluate`` returns ``sums``."""
   total: dict[str, Any] = {}

@@ -51,8 +51,14 @@ def _kinds(annotation: Any) -> set[str]:
     return set().union(*(_kinds(a) for a in typing.get_args(annotation)))
   if origin is typing.Literal:
     return {"str" if isinstance(a, str) else "any" for a in typing.get_args(annotation)}
-  table = {float: "float", int: "int", bool: "bool", str: "str", type(None): "none"}
-  if annotation in table:
+  table: dict[Any, str] = {
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    type(None): "none",
+  }
+  if table.get(annotation):
     return {table[annotation]}
   if (origin or annotation) in (tuple, list, Sequence):
     return {"tuple"}
@@ -89,8 +95,8 @@ def _coerce(value: Any, kinds: set[str], path: str) -> Any:
     if "float" in kinds:
       return value
   else:
-    names = {str: "str", tuple: "tuple", dict: "mapping"}
-    if names.get(type(value), "object") in kinds:
+    words: dict[type, str] = {str: "str", tuple: "tuple", dict: "mapping"}
+    if words.get(type(value), "object") in kinds:
       return value
   names = ", ".join(sorted(kinds - {"object"})) or "nothing that a config can hold"
   raise ConfigError(
@@ -139,10 +145,12 @@ def arguments(
 ) -> dict[str, Any]:
   """``given`` checked against the function's signature, numbers made floats."""
   parameters = inspect.signature(function, eval_str=True).parameters
-  kinds = (inspect.Parameter.KEYWORD_ONLY,)
-  if not keyword_only:
-    kinds += (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
-  allowed = {n: p for n, p in parameters.items() if p.kind in kinds}
+  allowed = {
+    name: p
+    for name, p in parameters.items()
+    if p.kind is p.KEYWORD_ONLY
+    or (p.kind is p.POSITIONAL_OR_KEYWORD and not keyword_only)
+  }
   out = {}
   for name, value in given.items():
     here = join(path, name)

@@ -85,11 +85,12 @@ SLOT_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
 @contextlib.contextmanager
 def at(path: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
   """Turns a ``ValueError`` raised inside into a ``ConfigError`` that names ``path``."""
+  wrong: tuple[type[Exception], ...] = (ValueError, *also)
   try:
     yield
   except ConfigError:
     raise
-  except (ValueError, *also) as error:
+  except wrong as error:
     said = str(error).strip().splitlines() or [type(error).__name__]
     raise ConfigError(f"{path}: {said[0]}") from error
 

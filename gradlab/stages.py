@@ -21,7 +21,7 @@ def _batch(dataset: data.Dataset, split: str, count: int) -> Batch:
   """The first ``count`` examples of a split, on the device."""
   examples = getattr(dataset, split)
   rows = np.arange(min(count, data.num_examples(examples)))
-  return jax.tree.map(jnp.asarray, data.take(examples, rows))
+  return {n: jnp.asarray(values) for n, values in data.take(examples, rows).items()}
 
 
 def _loss_on(

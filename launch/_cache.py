@@ -7,7 +7,7 @@ import jax
 
 
 def use() -> None:
-  """Keeps compiled programs in ``JAX_COMPILATION_CACHE_DIR`` or ``~/.cache/gradlab``."""
+  """Keeps compiled programs: ``JAX_COMPILATION_CACHE_DIR`` or ``~/.cache/gradlab``."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     folder = pathlib.Path.home() / ".cache" / "gradlab" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))

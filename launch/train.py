@@ -10,18 +10,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
 
 from gradlab import pipeline
-from gradlab.launch import _cache
-from gradlab.types import ConfigError, Interrupted, NonFiniteError
+from gradlab.launch import _config_flag, _main
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+CONFIG = _config_flag.define_config()
+WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder.")
 RESUME = flags.DEFINE_bool("resume", True, "Go on where a run in the folder stopped.")
 
 
@@ -47,9 +50,7 @@ def _overrides(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the experiment and prints its numbers and its folder."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  logging.set_verbosity(logging.WARNING)
+  del argv
   console = Console(highlight=False)
   asked: list[int] = []
   signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -76,21 +77,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run() -> None:
-  """The console entry point: errors of the user are one line and exit code 2."""
-  flags.mark_flags_as_required(["config", "workdir"])
-  _cache.use()
-  try:
-    app.run(main)
-  except (ConfigError, NonFiniteError) as error:
-    sys.exit(_fail(error))
-  except Interrupted as stopped:
-    print(stopped)
-    sys.exit(0)
-
-
-def _fail(error: Exception) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
+  """The console entry point."""
+  _main.run(main, required=("config", "workdir"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Asynchronous checkpoints of a whole train state, restored bit for bit.
+
+Each checkpoint is a folder named after its step. Orbax writes the arrays; when its
+commit is done, a manifest of the files is added, and the checkpoint is complete.
+"""
+
+import os
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from gradlab import _leaves, _manifest
+from gradlab.types import ConfigError, PyTree
+
+_NAME = re.compile(r"(\d+)(\.replaced|\.orbax-checkpoint-tmp.*)?")
+_NONE, _DAMAGED = -1, -2
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest kept.
+
+  Use it in a ``with``, or ``close`` it: a save in progress when the interpreter ends
+  is lost.
+
+  Every process of a ``jax.distributed`` run makes the same calls on one shared
+  folder; process 0 alone writes manifests, deletes, and decides what is usable.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int = 3) -> None:
+    """Opens a folder of checkpoints; nothing is made or removed before a save.
+
+    Args:
+      folder: where the checkpoints are; made by the first save.
+      max_to_keep: how many complete checkpoints stay; at least 1.
+
+    Raises:
+      ValueError: ``max_to_keep`` below 1.
+    """
+    if max_to_keep < 1:
+      raise ValueError(f"max_to_keep must be at least 1, got {max_to_keep}.")
+    self._folder = Path(folder).absolute()
+    self._max_to_keep = max_to_keep
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    self._executor = ThreadPoolExecutor(1, "checkpoint")
+    self._pending: Future[None] | None = None
+
+  def save(self, step: int, state: PyTree) -> None:
+    """Starts saving ``state`` and returns; the caller may donate it right away.
+
+    Waits for the save before it, and raises what went wrong in that one.
+
+    Args:
+      step: number of steps done; a checkpoint of the same step is replaced.
+      state: a pytree of JAX or NumPy arrays, typed keys included.
+
+    Raises:
+      ValueError: a leaf that is not an array.
+    """
+    self.wait()
+    leaves = _leaves.named(state)
+    target = self._folder / str(int(step))
+    if jax.process_index() == 0:
+      self._make_way(target)
+    # Orbax copies device memory before it returns. On CPU it reads the buffer itself,
+    # which XLA keeps as it is, donated or not, for as long as Orbax refers to it.
+    arrays = {name: _leaves.stored(leaf) for name, leaf in leaves.items() if leaf.size}
+    self._checkpointer.save(target, args=ocp.args.StandardSave(arrays))
+    described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
+    self._pending = self._executor.submit(self._finish, target, described)
+
+  def steps(self) -> list[int]:
+    """The steps with a complete checkpoint, ascending."""
+    return sorted({s for s, path in self._folders() if _manifest.exists(path)})
+
+  def restore(
+    self, target: PyTree, step: int | None = None
+  ) -> tuple[int, PyTree] | None:
+    """The newest checkpoint whose files are as they were written.
+
+    Args:
+      target: a pytree like the saved one, of ``jax.ShapeDtypeStruct`` or arrays.
+        Leaves come back in its shardings (of any mesh; one device where it has
+        none), NumPy leaves as NumPy arrays, weakly typed scalars weakly typed.
+      step: the one step to restore; None for the newest usable one, where each
+        damaged checkpoint is reported by a line in the log and passed over.
+
+    Returns:
+      (step, state), or None when there is no complete checkpoint.
+
+    Raises:
+      ConfigError: all checkpoints (or that of ``step``) are damaged or missing, or
+        the checkpoint is one of a state with other leaves.
+    """
+    self.wait()
+    folder = self._choose(step)
+    if folder is None:
+      return None
+    leaves = _leaves.named(target)
+    described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
+    _manifest.check_leaves(folder, described)
+    forms = {n: _leaves.stored_form(leaf) for n, leaf in leaves.items() if leaf.size}
+    arrays = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(forms))
+    state = [_leaves.restored(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+    return int(folder.stem), jax.tree.unflatten(jax.tree.structure(target), state)
+
+  def delete_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps, complete or not."""
+    self.wait()
+    if jax.process_index() == 0:
+      for found, path in self._folders():
+        if found > step:
+          _manifest.remove(path)
+
+  def wait(self) -> None:
+    """Waits for the save in progress and raises what went wrong in it."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def close(self) -> None:
+    """Waits for the save in progress and ends the background threads."""
+    try:
+      self.wait()
+    finally:
+      self._executor.shutdown()
+      self._checkpointer.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _make_way(self, target: Path) -> None:
+    self._folder.mkdir(parents=True, exist_ok=True)
+    for _, path in self._folders():
+      if not _manifest.exists(path):
+        _manifest.remove(path)
+    if target.exists():
+      # It may be the only good one: it stays until the new one is complete.
+      replaced = target.with_suffix(".replaced")
+      if replaced.exists():
+        _manifest.remove(target)
+      else:
+        target.rename(replaced)
+
+  def _finish(self, target: Path, leaves: dict[str, str]) -> None:
+    self._checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    _manifest.write(target, leaves)
+    # Later steps belong to a time line that was left; they must not push this one out.
+    past = [step for step in self.steps() if step <= int(target.name)]
+    kept = {str(step) for step in past[-self._max_to_keep :]}
+    for step, path in self._folders():
+      if step <= int(target.name) and path.name not in kept:
+        _manifest.remove(path)
+
+  def _folders(self) -> list[tuple[int, Path]]:
+    """Steps and folders, ascending; a replaced checkpoint before its replacement."""
+    paths = self._folder.iterdir() if self._folder.is_dir() else ()
+    named = [(_NAME.fullmatch(path.name), path) for path in paths]
+    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+    return sorted(found, key=lambda item: (item[0], -len(item[1].name)))
+
+  def _choose(self, step: int | None) -> Path | None:
+    choice = self._inspect(step) if jax.process_index() == 0 else (_NONE, 0)
+    if jax.process_count() > 1:
+      told = multihost_utils.broadcast_one_to_all(np.array(choice, np.int32))
+      choice = (int(told[0]), int(told[1]))
+    found, replaced = choice
+    if found >= 0:
+      return self._folder / f"{found}{'.replaced' if replaced else ''}"
+    which = "" if step is None else f" of step {step}"
+    if found == _DAMAGED:
+      raise ConfigError(
+        f"every checkpoint{which} in {self._folder} is damaged; the log says how."
+      )
+    if step is None:
+      return None
+    raise ConfigError(f"{self._folder} has no checkpoint{which}, only {self.steps()}.")
+
+  def _inspect(self, wanted: int | None) -> tuple[int, int]:
+    result = _NONE
+    for step, path in reversed(self._folders()):
+      if wanted not in (None, step):
+        continue
+      if not _manifest.exists(path):
+        logging.warning("checkpoint %s is unfinished and passed over.", path)
+        continue
+      fault = _manifest.fault(path)
+      if fault is None:
+        return step, int(path.suffix == ".replaced")
+      logging.warning("checkpoint %s is damaged and passed over: %s.", path, fault)
+      result = _DAMAGED
+    return result, 0
