@@ -26,9 +26,7 @@ _NONE, _DAMAGED = -1, -2
 class Checkpoints:
   """The checkpoints of one run, newest kept.
 
-  Use it in a ``with``, or ``close`` it: a save in progress when the interpreter ends
-  is lost.
-
+  ``close`` it, or use ``with``: what is in progress at the interpreter's end is lost.
   Every process of a ``jax.distributed`` run makes the same calls on one shared
   folder; process 0 alone writes manifests, deletes, and decides what is usable.
   """
@@ -180,9 +178,8 @@ class Checkpoints:
       return self._folder / f"{found}{'.replaced' if replaced else ''}"
     which = "" if step is None else f" of step {step}"
     if found == _DAMAGED:
-      raise ConfigError(
-        f"every checkpoint{which} in {self._folder} is damaged; the log says how."
-      )
+      where = f"every checkpoint{which} in {self._folder}"
+      raise ConfigError(f"{where} is damaged; the log says how.")
     if step is None:
       return None
     raise ConfigError(f"{self._folder} has no checkpoint{which}, only {self.steps()}.")

@@ -115,6 +115,7 @@ def train(
         while step < stage["steps"]:
           step, state = run.advance(step, state)
           if stage["eval_every"] and step % stage["eval_every"] == 0:
+            run.flush()
             numbers = measure(compiled.local(state))
             writer.write(settings.first_step + step, numbers, "validation")
           every = stage["checkpoint_every"]
@@ -172,12 +173,16 @@ class _Run:
 
   def save(self, step: int, state: PyTree) -> None:
     """Writes the pending metrics, then starts a checkpoint of a finite state."""
-    for ready in self._delayed.flush():
-      self._write(*ready)
+    self.flush()
     local = self._compiled.local(state)
     if self._settings.stage["on_nonfinite"] == "stop" and not all_finite(local.params):
       self._stop(step + 1, "params")
     self._checkpoints.save(step, local)
+
+  def flush(self) -> None:
+    """Writes the pending metrics; waits for them."""
+    for ready in self._delayed.flush():
+      self._write(*ready)
 
   def _write(self, steps: Any, metrics: Mapping[str, Any]) -> None:
     first = self._settings.first_step

@@ -14,7 +14,7 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
   try:
     rest: list[str] = flags.FLAGS(list(argv))
   except (AttributeError, KeyError) as error:
-    raise ConfigError(f"flags: {_unknown_field(str(error.args[0]), argv)}") from error
+    raise ConfigError(f"flags: {_unknown_field(error, argv)}") from error
   except (flags.Error, TypeError, ValueError) as error:
     raise ConfigError(f"flags: {error}") from error
   except OSError as error:
@@ -27,8 +27,11 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
   return rest
 
 
-def _unknown_field(said: str, argv: Sequence[str]) -> str:
+def _unknown_field(error: BaseException, argv: Sequence[str]) -> str:
   """What the config says of a field that it lacks, and the flag that asked for it."""
+  while error.args and isinstance(error.args[0], BaseException):
+    error = error.args[0]
+  said = str(error.args[0])
   key = said.splitlines()[0].strip("'\"")
   paths = [a.split("=")[0] for a in argv if a.startswith("--config.")]
   path = next((path for path in paths if key in path.split(".")), "--config")
