@@ -58,6 +58,7 @@ def train(
   compiled: Execution,
   artifacts: Artifacts,
   settings: Settings,
+  checkpoints: Checkpoints,
   *,
   validation: Any,
   evaluate: Callable[..., Metrics],
@@ -70,6 +71,7 @@ def train(
     compiled: the stage's program on its devices.
     artifacts: what earlier stages left: parameters, model state and masks.
     settings: the stage.
+    checkpoints: those of the stage.
     validation: the split to evaluate on.
     evaluate: ``execution.make_evaluate`` of the stage's objectives, compiled.
     should_stop: asked after each dispatch.
@@ -98,42 +100,46 @@ def train(
     )
     return {metric: float(value) for metric, value in means.items()}
 
-  with Checkpoints(folder / "checkpoints" / name) as checkpoints:
-    restored, numbers = checkpoints.restore(compiled.target), {}
-    step, state = (
-      (0, compiled.init(**given))
-      if restored is None
-      else (restored[0], compiled.place(restored[1]))
-    )
-    if step < stage["steps"]:
-      with Writer(
-        folder,
-        start_step=settings.first_step + step,
-        log_every=stage["log_every"],
-      ) as writer:
-        run = _Run(compiled, settings, checkpoints, writer, given)
-        while step < stage["steps"]:
-          step, state = run.advance(step, state)
-          if stage["eval_every"] and step % stage["eval_every"] == 0:
-            run.flush()
-            numbers = measure(compiled.local(state))
-            writer.write(settings.first_step + step, numbers, "validation")
-          every = stage["checkpoint_every"]
-          stop = should_stop()
-          if stop or step == stage["steps"] or (every and step % every == 0):
-            run.save(step, state)
-          if progress is not None:
-            progress(name, step, stage["steps"], run.last)
-          if stop and step < stage["steps"]:
-            checkpoints.wait()
-            raise Interrupted(
-              f"stopped at step {step} of {stage['steps']} of stage {name!r}; the "
-              f"same command resumes from {folder}."
-            )
-        if not stage["eval_every"] or step % stage["eval_every"]:
+  restored, numbers = checkpoints.restore(compiled.target), {}
+  step, state = (
+    (0, compiled.init(**given))
+    if restored is None
+    else (restored[0], compiled.place(restored[1]))
+  )
+  if step < stage["steps"]:
+    with Writer(
+      folder,
+      start_step=settings.first_step + step,
+      log_every=stage["log_every"],
+    ) as writer:
+      run = _Run(compiled, settings, checkpoints, writer, given)
+      while step < stage["steps"]:
+        step, state = run.advance(step, state)
+        stop, last = should_stop(), step == stage["steps"]
+        measured, saved = (
+          last or (stage[every] > 0 and step % stage[every] == 0)
+          for every in ("eval_every", "checkpoint_every")
+        )
+        if measured or saved or stop:
+          run.settle(step, state)
+        if last:
+          writer.flush()
+        if measured:
           numbers = measure(compiled.local(state))
           writer.write(settings.first_step + step, numbers, "validation")
-    final = compiled.local(state)
+        # last: whoever resumes from it finds everything before it written
+        if saved or stop:
+          run.save(step, state)
+        if progress is not None:
+          progress(name, step, stage["steps"], run.last)
+        if stop and not last:
+          checkpoints.wait()
+          raise Interrupted(
+            f"stopped at step {step} of {stage['steps']} of stage {name!r}; the "
+            f"same command resumes from {folder}."
+          )
+      checkpoints.wait()
+  final = compiled.local(state)
   return artifacts._replace(
     params=final.params,
     model_state=final.model_state,
@@ -171,18 +177,19 @@ class _Run:
       self._write(*ready)
     return stop, state
 
-  def save(self, step: int, state: PyTree) -> None:
-    """Writes the pending metrics, then starts a checkpoint of a finite state."""
-    self.flush()
-    local = self._compiled.local(state)
-    if self._settings.stage["on_nonfinite"] == "stop" and not all_finite(local.params):
-      self._stop(step + 1, "params")
-    self._checkpoints.save(step, local)
-
-  def flush(self) -> None:
-    """Writes the pending metrics; waits for them."""
+  def settle(self, step: int, state: PyTree) -> None:
+    """Writes the pending metrics; stops a run whose parameters are not finite."""
     for ready in self._delayed.flush():
       self._write(*ready)
+    if self._settings.stage["on_nonfinite"] == "continue":
+      return
+    if not all_finite(self._compiled.local(state).params):
+      self._stop(step + 1, f"the parameters are not finite after step {step}")
+
+  def save(self, step: int, state: PyTree) -> None:
+    """Starts a checkpoint of a settled state."""
+    self._writer.keep(self._settings.first_step + step)
+    self._checkpoints.save(step, self._compiled.local(state))
 
   def _write(self, steps: Any, metrics: Mapping[str, Any]) -> None:
     first = self._settings.first_step
@@ -194,15 +201,16 @@ class _Run:
     bad = first_nonfinite(steps, losses)
     if bad is not None:
       self._writer.flush()
-      self._stop(*bad)
+      step, metric = bad
+      self._stop(step, f"{metric} is not finite at step {step}")
 
-  def _stop(self, step: int, metric: str) -> None:
+  def _stop(self, bad: int, said: str) -> None:
     """Saves the last state whose parameters are finite, found again by replaying."""
     name, folder = self._settings.name, self._settings.folder
-    kept = self._replay(step)
+    kept = self._replay(bad)
     raise NonFiniteError(
-      f"{metric} is not finite at step {step} of stage {name!r}; the last finite "
-      f"state, of step {kept}, is saved in {folder / 'checkpoints' / name}."
+      f"{said} of stage {name!r}; the last finite state, of step {kept}, is saved in "
+      f"{folder / 'checkpoints' / name}."
     )
 
   def _replay(self, bad: int) -> int:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +26,9 @@ from gradlab.launch import _config_flag, _main
 
 CONFIG = _config_flag.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder.")
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Connect to the other hosts that run this command."
+)
 RESUME = flags.DEFINE_bool("resume", True, "Go on where a run in the folder stopped.")
 
 
@@ -51,6 +55,8 @@ def _overrides(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   """Runs the experiment and prints its numbers and its folder."""
   del argv
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
   console = Console(highlight=False)
   asked: list[int] = []
   signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))

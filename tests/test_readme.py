@@ -1,0 +1,65 @@
+"""The README's code runs, and is as short as it says."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_method_and_experiment_run(tmp_path):
+  method, experiment, _ = blocks("python")
+  for block in (method, experiment):
+    assert len(block.splitlines()) <= 25
+  program = tmp_path / "readme.py"
+  program.write_text(f"workdir = {str(tmp_path / 'run')!r}\n{method}\n{experiment}")
+  done = subprocess.run(
+    [sys.executable, program], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  accuracy = float(re.search(r"'accuracy': ([\d.]+)", done.stdout)[1])
+  assert accuracy > 0.85
+  assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_placement_of_the_readme_is_accepted(tmp_path):
+  method, experiment, parallel = blocks("python")
+  program = tmp_path / "readme.py"
+  run = "result = pipeline.run"
+  before, after = experiment.split(run)
+  program.write_text(
+    f"workdir = {str(tmp_path / 'run')!r}\n{method}\n{before}\n{parallel}\n{run}{after}"
+  )
+  flag = "--xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, program],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "accuracy" in done.stdout
+
+
+def test_commands_and_paths_of_the_readme_exist():
+  shell = "\n".join(blocks("sh"))
+  targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+  for target in re.findall(r"^make (\w+)", shell, re.MULTILINE):
+    assert target in targets
+  modules = set(re.findall(r"-m gradlab\.launch\.(\w+)", shell))
+  assert modules
+  for module in modules:
+    assert (ROOT / "launch" / f"{module}.py").exists()
+  for path in re.findall(r"--config=(\S+\.py)", shell):
+    assert (ROOT / path).exists()
+  for link in re.findall(r"\]\(([^)]+)\)", README):
+    assert (ROOT / link).exists(), link
