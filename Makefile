@@ -22,7 +22,7 @@ bench: $(VENV)/.bench
 	$(RUN) -m gradlab.launch.bench
 
 docs: $(VENV)/.demo
-	$(RUN) -m gradlab.launch.catalog --write transforms/README.md
+	$(RUN) -m gradlab.launch.catalog --write=transforms/README.md
 
 # The suite on the oldest dependencies that setup.cfg admits.
 test-lowest: $(VENV)-lowest/.test

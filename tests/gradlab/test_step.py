@@ -306,6 +306,42 @@ def test_state_of_the_model_is_carried(tmp_path):
   assert [int(s.model_state["calls"]) for s in states] == [0, 1, 2, 3]
 
 
+def nnx_model():
+  """A multilayer perceptron of nnx."""
+  from flax import nnx
+
+  from gradlab.models import from_nnx
+
+  def make(rngs):
+    return nnx.Sequential(
+      nnx.Linear(64, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 10, rngs=rngs)
+    )
+
+  return from_nnx(make)
+
+
+def function_model(width: int = 16):
+  """The same with plain functions."""
+  from gradlab.models import from_functions
+
+  def init(key, inputs):
+    first, second = jax.random.split(key)
+    return {
+      "in": jax.random.normal(first, (inputs.shape[-1], width)) / 8,
+      "out": jax.random.normal(second, (width, 10)) / 4,
+    }
+
+  return from_functions(init, lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"])
+
+
+@pytest.mark.parametrize("model", ["nnx_model", "function_model"])
+def test_models_of_other_libraries_plug_in(model, tmp_path):
+  experiment = config(steps=60, batch_size=64)
+  experiment["model"] = {"name": f"{__name__}:{model}"}
+  found = pipeline.run(experiment, tmp_path)["metrics"]["train"]
+  assert found["accuracy"] > 0.8
+
+
 def counting_model():
   """A linear model that counts how often it was trained on."""
   from gradlab.types import Model
