@@ -2,17 +2,20 @@
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradlab.sources import SOURCES as SOURCES
+from gradlab.records import array_record
+from gradlab.sources import SOURCES as BUILT_IN
 from gradlab.sources import Array, Fields
 from gradlab.sources import Dataset as Dataset
 
 if TYPE_CHECKING:
   import grain
+
+SOURCES: dict[str, Callable[..., Dataset]] = {**BUILT_IN, "array_record": array_record}
 
 
 # Enough for a vmapped sweep of 16 seeds whose batches straddle two epochs.
@@ -183,9 +186,11 @@ def batches(
   Examples:
     >>> import numpy as np
     >>> from gradlab.data import batches
-    >>> ds = batches({"inputs": np.arange(6)}, batch_size=4, seed=0)
-    >>> ds[0]["inputs"].shape, bool((ds[7]["inputs"] == ds[7]["inputs"]).all())
-    ((4,), True)
+    >>> split = {"inputs": np.arange(6)}
+    >>> whole = batches(split, batch_size=4, seed=0)
+    >>> half = batches(split, batch_size=4, seed=0, process_index=1, process_count=2)
+    >>> whole[7]["inputs"][2:].tolist() == half[7]["inputs"].tolist()
+    True
   """
   # Imported here: grain takes longer to import than a small experiment to run.
   import grain

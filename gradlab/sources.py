@@ -41,8 +41,7 @@ def digits() -> Dataset:
     (1078, 64)
   """
   inputs, label = _sklearn("load_digits")
-  train, validation, test = _split(inputs / 16.0, label.astype(np.int32))
-  return _dataset(train, validation, test, num_classes=10)
+  return _dataset(*_split(inputs / 16.0, label), num_classes=10)
 
 
 def breast_cancer() -> Dataset:
@@ -57,10 +56,9 @@ def wine() -> Dataset:
 
 def diabetes() -> Dataset:
   """442 patients, regression: inputs [10] and label [], standardised by train."""
-  # scikit-learn's own scaling has seen the test rows, so the raw numbers are taken.
+  # The raw numbers: scikit-learn scales with the statistics of every row.
   inputs, label = _sklearn("load_diabetes", scaled=False)
-  splits = _standardise(_split(inputs, label), ("inputs", "label"))
-  return _dataset(*splits)
+  return _dataset(*_standardise(_split(inputs, label), ("inputs", "label")))
 
 
 def stdlib_bytes(*, context: int = 64, max_bytes: int = 2**21) -> Dataset:
@@ -141,12 +139,10 @@ def quadratic(
   splits = [rows * np.sqrt(num_examples)]
   splits += [random.normal(size=(num_examples // 5, dimension)) for _ in range(2)]
 
-  def labelled(rows: Array) -> Fields:
-    inputs = rows @ root
-    label = inputs @ weights + noise * random.normal(size=len(inputs))
-    return _fields(inputs, label)
-
-  train, validation, test = (labelled(rows) for rows in splits)
+  inputs = [rows @ root for rows in splits]
+  train, validation, test = (
+    _fields(x, x @ weights + noise * random.normal(size=len(x))) for x in inputs
+  )
   # From the stored float32 numbers, so that it is their optimum to the last digit.
   x, y = (train[name].astype(np.float64) for name in ("inputs", "label"))
   optimum = np.linalg.lstsq(x, y)[0]
@@ -172,8 +168,8 @@ def teacher(
     hidden: hidden units of the teacher.
     outputs: outputs of the teacher, or classes; at least 2 for classification.
     num_examples: rows of all splits together (60/20/20), at least 5.
-    task: "regression" (float32 label [outputs]) or "classification" (int32 label [],
-      the largest output).
+    task: "regression" (float32 label [outputs]) or "classification" (the index of the
+      largest output).
     seed: fixes the teacher and the inputs.
 
   Returns:
@@ -206,8 +202,7 @@ def teacher(
   known: dict[str, Any] = {"optimum": {"hidden_0": first, "head": head}}
   if task == "regression":
     return _dataset(*_split(inputs, label), **known, minimal_loss=0.0)
-  classes = label.argmax(-1).astype(np.int32)
-  return _dataset(*_split(inputs, classes), **known, num_classes=outputs)
+  return _dataset(*_split(inputs, label.argmax(-1)), **known, num_classes=outputs)
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -275,10 +270,10 @@ def _dataset(train: Fields, validation: Fields, test: Fields, **info: Any) -> Da
 def _stdlib_text(max_bytes: int) -> bytes:
   root = sysconfig.get_paths()["stdlib"]
   skipped = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
-  names = []
+  names: list[str] = []
   for folder, inner, files in os.walk(root):
-    inner[:] = [name for name in inner if name not in skipped]
-    names += [os.path.join(folder, name) for name in files if name.endswith(".py")]
+    inner[:] = set(inner) - skipped
+    names += (os.path.join(folder, name) for name in files if name.endswith(".py"))
   text = bytearray()
   for name in sorted(names):
     text += pathlib.Path(name).read_bytes()

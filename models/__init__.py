@@ -1,0 +1,13 @@
+"""Small models, one file each, and adapters that make a ``Model`` of one's own."""
+
+from collections.abc import Callable
+
+from gradlab.models._common import from_functions as from_functions
+from gradlab.models._common import from_linen as from_linen
+from gradlab.models._common import from_nnx as from_nnx
+from gradlab.models.cnn import cnn as cnn
+from gradlab.models.decoder import decoder as decoder
+from gradlab.models.mlp import mlp as mlp
+from gradlab.types import Model
+
+MODELS: dict[str, Callable[..., Model]] = {"cnn": cnn, "decoder": decoder, "mlp": mlp}
