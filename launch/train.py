@@ -20,6 +20,7 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
+from rich.table import Column
 
 from gradlab import pipeline
 from gradlab.launch import _config_flag, _main
@@ -44,7 +45,8 @@ class _Bar:
   ) -> None:
     if stage not in self._tasks:
       self._tasks[stage] = self._progress.add_task(stage, total=steps, said="")
-    said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    shown = [name for name in metrics if not name.startswith("hyperparams/")]
+    said = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
     self._progress.update(self._tasks[stage], completed=step, said=said)
 
 
@@ -61,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
   asked: list[int] = []
   signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
   columns = (
-    TextColumn("{task.description}"),
-    BarColumn(),
+    TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=8)),
+    BarColumn(bar_width=20),
     MofNCompleteColumn(),
     TimeRemainingColumn(),
     TextColumn("{task.fields[said]}"),
