@@ -23,7 +23,14 @@ def cubic_sparsity(
   initial_sparsity: ArrayLike = 0.0,
   start_step: int = 0,
 ) -> Controller:
-  r"""Follows ``cubic_sparsity_schedule``: the value depends on the step alone.
+  r"""Cubic sparsity schedule: prune fast while weights are redundant, then slowly.
+
+  .. math::
+    s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{n \, \Delta t}\right)^3,
+    \qquad t_0 \le t \le t_0 + n \, \Delta t
+
+  with :math:`s_i` before and :math:`s_f` after: ``cubic_sparsity_schedule`` as a
+  controller, whose value depends on the step alone.
 
   Args:
     final_sparsity: the sparsity reached after ``num_updates * interval`` steps, in

@@ -22,7 +22,17 @@ def warmup_cosine(
   init_value: ArrayLike = 0.0,
   end_value: ArrayLike = 0.0,
 ) -> Controller:
-  r"""Follows ``warmup_cosine_schedule``: the value depends on the step alone.
+  r"""Linear warmup, then one cosine from the peak to the end value.
+
+  .. math::
+    v_t = \begin{cases}
+      v_0 + (v_{peak} - v_0) \, t / W, & t < W \\
+      v_{end} + \tfrac12 (v_{peak} - v_{end})
+        \left(1 + \cos \frac{\pi \min(t - W, D - W)}{D - W}\right), & t \ge W
+    \end{cases}
+
+  with W = ``warmup_steps`` and D = ``decay_steps``: ``warmup_cosine_schedule`` as a
+  controller, whose value depends on the step alone.
 
   Args:
     peak_value: the value at step ``warmup_steps``.

@@ -1,0 +1,216 @@
+"""Every family seen as one machine: ``state, inputs -> state, outputs``.
+
+A method of any family becomes a ``Machine``: ``init(params) -> state`` and
+``step(state, inputs) -> (state, outputs)``, with ``inputs(i, dtype)`` the arrays of
+step ``i``. So a contract is written once and holds for the whole catalogue.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradlab.types import Method
+from tests.contract.examples import SOURCES, Tree, batch, loss_and_aux, tree
+
+STATEFUL = ("updates", "estimators", "aggregators", "compressors", "controllers")
+
+
+class Machine(NamedTuple):
+  """A method with its hyperparameters bound; functions have the state ``()``."""
+
+  init: Callable[[Tree], Tree]
+  step: Callable[..., tuple[Tree, Tree]]
+  inputs: Callable[..., Tree]
+
+
+class Case(NamedTuple):
+  """One way to use a method.
+
+  Attributes:
+    kwargs: hyperparameters that the case fixes; the rest keep their defaults.
+    call: functions only: ``call(function, inputs, **kwargs) -> outputs``.
+    inputs: ``inputs(i, dtype)`` where the family's own will not do.
+  """
+
+  kwargs: Mapping[str, Any] = {}
+  call: Callable[..., Tree] | None = None
+  inputs: Callable[..., Tree] | None = None
+
+
+def _update_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  update = method.factory(**kwargs)
+
+  def step(state: Tree, inputs: Tree, **extra: Any) -> tuple[Tree, Tree]:
+    updates, state = update.update(inputs["updates"], state, inputs["params"], **extra)
+    return state, updates
+
+  return Machine(
+    update.init,
+    step,
+    lambda i, dtype: {"updates": tree(i + 1, dtype), "params": tree(100 + i, dtype)},
+  )
+
+
+def _estimator_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  estimator = method.factory(**kwargs)
+
+  def step(state: Tree, inputs: Tree, **extra: Any) -> tuple[Tree, Tree]:
+    value, grads, state = estimator.estimate(
+      lambda params: loss_and_aux(params, inputs["batch"]),
+      inputs["params"],
+      state,
+      **extra,
+    )
+    return state, {"value": value, "grads": grads}
+
+  return Machine(
+    estimator.init,
+    step,
+    lambda i, dtype: {"params": tree(100 + i, dtype), "batch": batch(i, dtype)},
+  )
+
+
+def _aggregator_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  aggregator = method.factory(**kwargs)
+
+  def step(state: Tree, inputs: Tree, **extra: Any) -> tuple[Tree, Tree]:
+    grads, state = aggregator.update(
+      inputs["sources"], state, inputs["params"], **extra
+    )
+    return state, grads
+
+  return Machine(
+    aggregator.init,
+    step,
+    lambda i, dtype: {
+      "sources": tree(i + 1, dtype, (SOURCES,)),
+      "params": tree(100 + i, dtype),
+    },
+  )
+
+
+def _compressor_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  compressor = method.factory(**kwargs)
+
+  def step(state: Tree, inputs: Tree, **extra: Any) -> tuple[Tree, Tree]:
+    updates, params = inputs["updates"], inputs["params"]
+    message, after = compressor.compress(updates, state, params, **extra)
+    received = compressor.decompress(message, state, updates, **extra)
+    return after, {"message": message, "received": received}
+
+  return Machine(
+    compressor.init,
+    step,
+    lambda i, dtype: {"updates": tree(i + 1, dtype), "params": tree(100 + i, dtype)},
+  )
+
+
+def _controller_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  controller = method.factory(**kwargs)
+
+  def step(state: Tree, inputs: Tree) -> tuple[Tree, Tree]:
+    value, state = controller.update(inputs, state)
+    return state, value
+
+  return Machine(
+    lambda params: controller.init()[1],
+    step,
+    lambda i, dtype: {
+      "step": jnp.asarray(i + 1, jnp.int32),
+      "loss": jnp.asarray(1.0 / (i + 1), jnp.float32),
+    },
+  )
+
+
+def _function_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  call = case.call or (lambda function, inputs, **rest: function(*inputs, **rest))
+  return Machine(
+    lambda params: (),
+    lambda state, inputs: (state, call(method.factory, inputs, **kwargs)),
+    case.inputs or (lambda i, dtype: (tree(100 + i, dtype),)),
+  )
+
+
+def _cotangent_machine(method: Method, case: Case, kwargs: Any) -> Machine:
+  """What a cotangent rule does shows in the backward pass: both passes come out."""
+  forward = _function_machine(method, case, kwargs)
+
+  def step(state: Tree, inputs: Tree) -> tuple[Tree, Tree]:
+    outputs, pull = jax.vjp(lambda x: forward.step((), (x, *inputs[1:]))[1], inputs[0])
+    return state, {"forward": outputs, "backward": pull(outputs)[0]}
+
+  return forward._replace(step=step)
+
+
+_MACHINES = {
+  "updates": _update_machine,
+  "estimators": _estimator_machine,
+  "aggregators": _aggregator_machine,
+  "compressors": _compressor_machine,
+  "controllers": _controller_machine,
+  "cotangents": _cotangent_machine,
+}
+
+
+def machine(method: Method, case: Case, **overrides: Any) -> Machine:
+  """The method as a machine, with ``overrides`` on top of the case's arguments."""
+  make = _MACHINES.get(method.family, _function_machine)
+  built = make(method, case, {**case.kwargs, **overrides})
+  return built._replace(inputs=case.inputs or built.inputs)
+
+
+def takes_float(annotation: Any) -> bool:
+  """Whether a value of this annotation may be one float."""
+  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    return any(takes_float(member) for member in typing.get_args(annotation))
+  return annotation is float
+
+
+# Floats that set shapes are static: the size of a message must be known to compile.
+# A method may declare only these, so that none can dodge the rule.
+SHAPE_FLOATS: dict[str, frozenset[str]] = {
+  "top_k": frozenset({"ratio"}),
+  "sketched_first_order": frozenset({"ratio"}),
+}
+# Arrays that the pipeline may hand over by keyword are inputs, not hyperparameters.
+ARRAY_ARGUMENTS: dict[str, frozenset[str]] = {"fgsm": frozenset({"grad"})}
+
+
+def float_parameters(method: Method) -> frozenset[str]:
+  """The float hyperparameters: annotated as taking a float, or with a float default.
+
+  What a function is given by the pipeline (no default, before ``*``) is not one.
+  """
+  found = set()
+  signature = inspect.signature(method.factory, eval_str=True)
+  for name, parameter in signature.parameters.items():
+    given = method.family not in STATEFUL and (
+      parameter.default is parameter.empty
+      and parameter.kind is not parameter.KEYWORD_ONLY
+    )
+    if isinstance(parameter.default, float) or takes_float(parameter.annotation):
+      found |= set() if given else {name}
+  return (
+    frozenset(found)
+    - SHAPE_FLOATS.get(method.name, frozenset())
+    - ARRAY_ARGUMENTS.get(method.name, frozenset())
+  )
+
+
+def floats(method: Method, case: Case) -> dict[str, float]:
+  """The float hyperparameters that hold a number in this case, with that number."""
+  parameters = inspect.signature(method.factory).parameters
+  values = {
+    name: case.kwargs.get(name, parameters[name].default)
+    for name in float_parameters(method)
+  }
+  return {
+    name: float(value)
+    for name, value in sorted(values.items())
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }

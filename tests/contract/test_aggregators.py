@@ -1,0 +1,77 @@
+"""Contracts of aggregators: K sources in, one gradient like the parameters out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.contract.checks import (
+  assert_same_type,
+  build,
+  each,
+  find,
+  numbers,
+  program,
+  start,
+)
+from tests.contract.examples import SOURCES, masked, tree
+
+
+@each("aggregators")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_is_like_params(name, index, dtype):
+  built = build(name, index)
+  state = jax.eval_shape(built.init, tree(100, dtype))
+  _, grads = jax.eval_shape(built.step, state, built.inputs(0, dtype))
+  assert_same_type(grads, jax.eval_shape(lambda: tree(100, dtype)))
+
+
+@each("aggregators", first=True)
+def test_unknown_arguments_are_swallowed(name, index):
+  built = build(name, index)
+  args = start(built), built.inputs(0, jnp.float32)
+  more = functools.partial(built.step, value=jnp.float32(1), unexpected=None)
+  assert program(more, *args) == program(built.step, *args)
+
+
+@each("aggregators", first=True)
+def test_params_are_optional(name, index):
+  method, case = find(name, index)
+  aggregator = method.factory(**case.kwargs)
+  sources, state = tree(1, lead=(SOURCES,)), aggregator.init(tree(100))
+  grads, _ = jax.eval_shape(aggregator.update, sources, state)
+  assert_same_type(grads, jax.eval_shape(lambda: tree(1)))
+
+
+@each("aggregators")
+def test_masked_nodes_survive(name, index):
+  """They are no leaves: the program is the one without them."""
+  method, case = find(name, index)
+  aggregator = method.factory(**case.kwargs)
+  sources, state = tree(1, lead=(SOURCES,)), aggregator.init(tree(100))
+  grads, _ = jax.eval_shape(aggregator.update, masked(sources), state)
+  assert grads["pair"][1] == optax.MaskedNode()
+  assert program(aggregator.update, masked(sources), state) == program(
+    aggregator.update, sources, state
+  )
+
+
+@each("aggregators")
+def test_equal_sources_keep_their_direction(name, index):
+  """Nothing conflicts and nothing is an outlier: only the length may change."""
+  method, case = find(name, index)
+  aggregator = method.factory(**case.kwargs)
+  source = tree(1)
+  stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * SOURCES), source)
+  grads, _ = jax.jit(aggregator.update)(stacked, aggregator.init(tree(100)))
+  flat, expected = (
+    np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(numbers(values))])
+    for values in (grads, source)
+  )
+  scale = np.dot(flat, expected) / np.dot(expected, expected)
+  assert scale > 0
+  # Sums of K equal float32 numbers: a few units in the last place.
+  np.testing.assert_allclose(flat, scale * expected, rtol=1e-5, atol=1e-6)

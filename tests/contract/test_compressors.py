@@ -1,0 +1,133 @@
+"""Contracts of compressors: what travels, what arrives and what it weighs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradlab.transforms.compressors import compressed, message_bytes
+from tests.contract.checks import (
+  STEPS,
+  assert_close,
+  assert_equal,
+  assert_same_type,
+  build,
+  compiled,
+  each,
+  find,
+  numbers,
+  program,
+  stack,
+  start,
+  trajectory,
+)
+from tests.contract.examples import masked, tree
+
+
+def _compressor(name, index):
+  method, case = find(name, index)
+  return method.factory(**case.kwargs)
+
+
+@each("compressors")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_received_is_like_updates(name, index, dtype):
+  built = build(name, index)
+  state = jax.eval_shape(built.init, tree(100, dtype))
+  _, outputs = jax.eval_shape(built.step, state, built.inputs(0, dtype))
+  assert_same_type(outputs["received"], jax.eval_shape(lambda: tree(1, dtype)))
+
+
+@each("compressors", first=True)
+def test_unknown_arguments_are_swallowed(name, index):
+  built = build(name, index)
+  args = start(built), built.inputs(0, jnp.float32)
+  more = functools.partial(built.step, value=jnp.float32(1), unexpected=None)
+  assert program(more, *args) == program(built.step, *args)
+
+
+@each("compressors")
+def test_message_bytes_are_known_before_anything_runs(name, index):
+  """Bytes counted from shapes are those of the arrays, fewer than the updates have."""
+  built = build(name, index)
+  state = jax.eval_shape(built.init, tree(100))
+  _, abstract = jax.eval_shape(built.step, state, built.inputs(0, jnp.float32))
+  message = trajectory(name, index)[0][1]["message"]
+  size = message_bytes(abstract["message"])
+  assert type(size) is int
+  assert size == sum(leaf.nbytes for leaf in jax.tree.leaves(message))
+  assert 0 < size < sum(leaf.nbytes for leaf in jax.tree.leaves(tree(1)))
+
+
+@each("compressors")
+def test_zero_in_zero_out(name, index):
+  built, (step, _) = build(name, index), compiled(name, index)
+  inputs = built.inputs(0, jnp.float32)
+  zeros = jax.tree.map(jnp.zeros_like, inputs["updates"])
+  _, outputs = step(start(built), {**inputs, "updates": zeros})
+  assert_equal(outputs["received"], zeros)
+
+
+@each("compressors", first=True)
+def test_receiver_needs_only_shapes(name, index):
+  """``like`` may be the parameters: its values don't reach the output."""
+  compressor, updates = _compressor(name, index), tree(1)
+  state = compressor.init(updates)
+  message, _ = jax.jit(compressor.compress)(updates, state)
+  decompress = jax.jit(compressor.decompress)
+  received = decompress(message, state, updates)
+  assert_equal(decompress(message, state, tree(100)), received)
+
+
+@each("compressors")
+def test_masked_nodes_survive(name, index):
+  """They are no leaves: the program is the one without them."""
+  transform = compressed(_compressor(name, index))
+  state = transform.init(tree(100))
+  received, _ = jax.eval_shape(transform.update, masked(tree(1)), state)
+  assert received["pair"][1] == optax.MaskedNode()
+  assert program(transform.update, masked(tree(1)), state) == program(
+    transform.update, tree(1), state
+  )
+
+
+@each("compressors", first=True)
+def test_wrapper_without_feedback_is_the_compressor(name, index):
+  transform, built = compressed(_compressor(name, index)), build(name, index)
+  state, step = transform.init(tree(100)), jax.jit(transform.update)
+  for i, (_, expected) in enumerate(trajectory(name, index)):
+    inputs = built.inputs(i, jnp.float32)
+    received, state = step(inputs["updates"], state, inputs["params"])
+    assert_close(received, expected["received"], rtol=2e-5, atol=2e-6)
+
+
+@each("compressors", first=True)
+def test_feedback_loses_nothing(name, index):
+  """Sum of what arrived + residual = sum of what was sent, even through bf16."""
+  dtype = jnp.bfloat16
+  transform = compressed(_compressor(name, index), error_feedback=True)
+  built = build(name, index)
+  updates = stack(built.inputs(i, dtype)["updates"] for i in range(STEPS))
+  state = transform.init(tree(100, dtype))
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.residual)} == {
+    jnp.dtype(jnp.float32)
+  }
+
+  def step(state, sent):
+    received, state = transform.update(sent, state)
+    return state, received
+
+  last, received = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs))(state, updates)
+  assert_same_type(last, state)
+  assert_same_type(received, updates)
+
+  def total(values):
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32).sum(0), numbers(values))
+
+  arrived = jax.tree.map(np.add, total(received), numbers(last.residual))
+  # Everything is added in float32, whatever travels: only rounding of these sums,
+  # which grow with the residual of a compressor that lengthens vectors.
+  assert_close(arrived, total(updates), rtol=1e-4, atol=1e-4)
