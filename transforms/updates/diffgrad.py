@@ -62,9 +62,12 @@ def _advance(
     g = jnp.asarray(g).astype(mu.dtype)
     mu = d1 * mu + k1 * g
     nu = d2 * nu + k2 * jnp.square(g)
-    # Friction scales the output only: the average itself is Adam's.
-    friction = jax.nn.sigmoid(jnp.abs(g_prev - g))
-    return a * friction * mu / (jnp.sqrt(nu) + floor), mu, nu, g
+    # sigmoid(|d|) = 1 / (1 + exp(-|d|)) goes into the one division; it scales the
+    # output only: the average itself is Adam's.
+    s = a * mu / ((1 + jnp.exp(-jnp.abs(g_prev - g))) * (jnp.sqrt(nu) + floor))
+    # This is g. A plain copy of it could not be written while g_prev is still read,
+    # and XLA would keep one more array.
+    return s, mu, nu, jnp.where(count > 0, g, s)
 
   s, mu, nu, g_prev = common.unzip_map(
     leaf, 4, gradients, state.mu, state.nu, state.g_prev
