@@ -4,24 +4,24 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def learning_curves(
   results: Mapping[str, Mapping[str, Any]], path: pathlib.Path
 ) -> None:
-  """Training loss and validation accuracy by method: mean over seeds, band of one std.
+  """Training loss and validation accuracy by method: mean over seeds, and their range.
 
   Args:
     results: method -> ``steps`` [E], ``train_loss`` and ``validation_accuracy``
       [seeds, E], ``best_rate``.
     path: of the PNG.
   """
-  figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+  # Imported here: a program's first step does not wait for matplotlib.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+  axes = figure.subplots(1, 2)
   panels = (
     ("train_loss", "training loss", "log"),
     ("validation_accuracy", "validation accuracy", "linear"),
@@ -29,12 +29,11 @@ def learning_curves(
   for axis, (name, title, scale) in zip(axes, panels, strict=True):
     for method, result in results.items():
       steps, curves = np.asarray(result["steps"]), np.asarray(result[name])
-      mean, std = curves.mean(axis=0), curves.std(axis=0, ddof=1)
       label = f"{method}, rate {result['best_rate']:g}"
-      (line,) = axis.plot(steps, mean, label=label, linewidth=1.6)
-      low = np.maximum(mean - std, 0.5 * mean) if scale == "log" else mean - std
+      (line,) = axis.plot(steps, curves.mean(axis=0), label=label, linewidth=1.6)
+      low, high = curves.min(axis=0), curves.max(axis=0)
       axis.fill_between(
-        steps, low, mean + std, color=line.get_color(), alpha=0.15, linewidth=0
+        steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0
       )
     axis.set(title=title, xlabel="step", yscale=scale)
     axis.grid(alpha=0.25)
@@ -43,5 +42,4 @@ def learning_curves(
   axes[1].legend(frameon=False, loc="lower right")
   temporary = path.with_suffix(".tmp.png")
   figure.savefig(temporary, dpi=150)
-  plt.close(figure)
   temporary.replace(path)
