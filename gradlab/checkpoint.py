@@ -8,7 +8,7 @@ import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class Checkpoints:
     self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     self._executor = ThreadPoolExecutor(1, "checkpoint")
     self._pending: Future[None] | None = None
+    self._checked: tuple[Path | None] | None = None
 
   def save(self, step: int, state: PyTree) -> None:
     """Starts saving ``state`` and returns; the caller may donate it right away.
@@ -62,6 +63,7 @@ class Checkpoints:
       ValueError: a leaf that is not an array.
     """
     self.wait()
+    self._checked = None
     leaves = _leaves.named(state)
     target = self._folder / str(int(step))
     if jax.process_index() == 0:
@@ -76,6 +78,18 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """The steps with a complete checkpoint, ascending."""
     return sorted({s for s, path in self._folders() if _manifest.exists(path)})
+
+  def check(self, target: PyTree) -> None:
+    """Looks for what the next ``restore(target)`` takes, which then does not look.
+
+    Raises:
+      ConfigError: as ``restore``.
+    """
+    self.wait()
+    folder = self._choose(None)
+    if folder is not None:
+      _check(folder, target)
+    self._checked = (folder,)
 
   def restore(
     self, target: PyTree, step: int | None = None
@@ -97,12 +111,11 @@ class Checkpoints:
         the checkpoint is one of a state with other leaves.
     """
     self.wait()
-    folder = self._choose(step)
+    checked, self._checked = self._checked, None
+    folder = checked[0] if checked and step is None else self._choose(step)
     if folder is None:
       return None
-    leaves = _leaves.named(target)
-    described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
-    _manifest.check_leaves(folder, described)
+    leaves = _check(folder, target)
     forms = {n: _leaves.stored_form(leaf) for n, leaf in leaves.items() if leaf.size}
     arrays = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(forms))
     state = [_leaves.restored(leaf, arrays.get(name)) for name, leaf in leaves.items()]
@@ -111,6 +124,7 @@ class Checkpoints:
   def delete_after(self, step: int) -> None:
     """Removes the checkpoints of later steps, complete or not."""
     self.wait()
+    self._checked = None
     if jax.process_index() == 0:
       for found, path in self._folders():
         if found > step:
@@ -198,3 +212,11 @@ class Checkpoints:
       logging.warning("checkpoint %s is damaged and passed over: %s.", path, fault)
       result = _DAMAGED
     return result, 0
+
+
+def _check(folder: Path, target: PyTree) -> dict[str, Any]:
+  """The target's leaves by name, when they are those of the checkpoint."""
+  leaves = _leaves.named(target)
+  described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
+  _manifest.check_leaves(folder, described)
+  return leaves

@@ -1,6 +1,6 @@
 """Configs: an experiment as a mapping, checked before anything compiles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -8,8 +8,10 @@ import ml_collections
 from gradlab import data
 from gradlab.models import MODELS
 from gradlab.parts import Part, named, part
-from gradlab.schema import SCHEMA, at, fields, unknown
+from gradlab.schema import SCHEMA, SLOT_FIELDS, at, check_value, fields, unknown
 from gradlab.types import ConfigError, Model
+
+EDIT = SLOT_FIELDS["edits"]
 
 
 def plain(config: Any) -> Any:
@@ -54,7 +56,9 @@ def stage_parts(stage: Mapping[str, Any], root: str) -> dict[str, Any]:
   return parts
 
 
-def _resolve_stage(stage: Any, root: str, earlier: Sequence[str]) -> dict[str, Any]:
+def _resolve_stage(
+  stage: Any, root: str, earlier: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
   if not isinstance(stage, Mapping):
     raise ConfigError(f"{root}: a stage is a mapping, got {stage!r}.")
   kind = stage.get("kind", "train")
@@ -63,11 +67,12 @@ def _resolve_stage(stage: Any, root: str, earlier: Sequence[str]) -> dict[str, A
     raise unknown(f"{root}.kind", "kind of stage", str(kind), kinds)
   out = fields(stage, SCHEMA[kind], root)
   stage_parts(out, root)
-  for name in ("scores", "inputs"):
-    if out.get(name) is not None and out[name] not in earlier:
+  for name, wanted in (("scores", "score"), ("inputs", "search")):
+    able = [other for other in earlier if earlier[other]["kind"] == wanted]
+    if out.get(name) is not None and out[name] not in able:
       raise ConfigError(
-        f"{root}.{name}: no earlier stage is called {out[name]!r}; "
-        f"earlier stages: {', '.join(earlier) or 'none'}."
+        f"{root}.{name}: no earlier {wanted} stage is called {out[name]!r}; "
+        f"earlier {wanted} stages: {', '.join(able) or 'none'}."
       )
   if kind == "train":
     _check_train(out, root)
@@ -87,15 +92,25 @@ def _check_train(stage: Mapping[str, Any], root: str) -> None:
   for name in ("eval_every", "checkpoint_every"):
     if stage[name] < 0:
       raise ConfigError(f"{root}.{name}: must be 0 (off) or more, got {stage[name]}.")
-  if (stage["objective"] is None) == (stage["tasks"] is None):
-    raise ConfigError(f"{root}: give either objective or tasks.")
+  given = [name for name in ("objective", "tasks") if stage[name]]
+  if len(given) != 1:
+    raise ConfigError(
+      f"{root}: give either objective or tasks, got {' and '.join(given) or 'neither'}."
+    )
   if not stage["update"]:
     raise ConfigError(f"{root}.update: name at least one update rule.")
   for name, edit in stage["edits"].items():
-    if edit.get("every") is not None and edit["every"] < 1:
-      raise ConfigError(f"{root}.edits.{name}.every: must be at least 1.")
+    here = f"{root}.edits.{name}"
+    own = fields({k: v for k, v in edit.items() if k in EDIT}, EDIT, here)
+    _positive(own, here, "every")
+    if own["start"] < 0:
+      raise ConfigError(f"{here}.start: must be 0 or more, got {own['start']}.")
+    if own["stop"] is not None and own["stop"] < own["start"]:
+      raise ConfigError(
+        f"{here}.stop: must be at least start = {own['start']}, got {own['stop']}."
+      )
   over = (stage["aggregator"] or {}).get("over")
-  if over == "task" and stage["tasks"] is None:
+  if over == "task" and not stage["tasks"]:
     raise ConfigError(f"{root}.aggregator.over: 'task' needs {root}.tasks.")
 
 
@@ -115,14 +130,18 @@ def resolve(config: Any) -> dict[str, Any]:
   if not isinstance(given, Mapping):
     raise ConfigError(f"a config is a mapping of fields, got {type(config).__name__}.")
   out = fields(given, SCHEMA[""], "")
+  if not 0 <= out["seed"] < 2**32:
+    raise ConfigError(f"seed: must lie in [0, 2**32), got {out['seed']}.")
   out["parallel"] = fields(out["parallel"], SCHEMA["parallel"], "parallel")
+  for axis, size in out["parallel"]["mesh"].items():
+    check_value(size, int, f"parallel.mesh.{axis}")
   named(out["data"], data.SOURCES, "data", "data source")
   named(out["model"], MODELS, "model", "model")
   if not out["stages"]:
     raise ConfigError("stages: name at least one stage.")
   stages: dict[str, Any] = {}
   for name, stage in out["stages"].items():
-    stages[name] = _resolve_stage(stage, f"stages.{name}", tuple(stages))
+    stages[name] = _resolve_stage(stage, f"stages.{name}", stages)
   out["stages"] = stages
   return out
 
@@ -130,14 +149,18 @@ def resolve(config: Any) -> dict[str, Any]:
 def build_data(spec: Mapping[str, Any]) -> data.Dataset:
   """The ``Dataset`` that the config's ``data`` names."""
   function, given = named(spec, data.SOURCES, "data", "data source")
-  with at("data"):
-    built: data.Dataset = function(**given)
+  with at("data", also=(TypeError, OSError)):
+    built = function(**given)
+    if not isinstance(built, data.Dataset):
+      raise ValueError(f"{spec['name']} makes a {type(built).__name__}, not a Dataset.")
   return built
 
 
 def build_model(spec: Mapping[str, Any]) -> Model:
   """The ``Model`` that the config's ``model`` names."""
   function, given = named(spec, MODELS, "model", "model")
-  with at("model"):
-    built: Model = function(**given)
+  with at("model", also=(TypeError,)):
+    built = function(**given)
+    if not isinstance(built, Model):
+      raise ValueError(f"{spec['name']} makes a {type(built).__name__}, not a Model.")
   return built

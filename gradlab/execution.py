@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gradlab import data, sharding
+from gradlab import data, schema, sharding
 from gradlab.gradients import loss_function
 from gradlab.state import TrainState
 from gradlab.step import Program
@@ -112,14 +112,16 @@ def _compile_jit(
   with_rest = -1 in parallel["mesh"].values()
   needed = int(np.prod(list(parallel["mesh"].values())))
   devices = jax.devices() if with_rest else jax.devices()[:needed]
-  mesh = sharding.make_mesh(parallel["mesh"], devices)
+  with schema.within("parallel.mesh"):
+    mesh = sharding.make_mesh(parallel["mesh"], devices)
   _check_batch(
     batch_size, mesh.shape.get(sharding.DATA_AXIS, 1), "the mesh's data axis", path
   )
   inputs = example_inputs(train)
   start = functools.partial(program.init, jax.random.key(seed), inputs)
   shapes = jax.eval_shape(start)
-  specs = sharding.param_specs(shapes.params, parallel["rules"], mesh)
+  with schema.within("parallel.rules"):
+    specs = sharding.param_specs(shapes.params, parallel["rules"], mesh)
   placed = sharding.named(mesh, sharding.state_specs(shapes, shapes.params, specs))
   replicated = jax.sharding.NamedSharding(mesh, P())
   spread = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh, leading=1))

@@ -46,17 +46,43 @@ def build(config: Any) -> Pipeline:
   """
   resolved = configs.resolve(config)
   dataset = configs.build_data(resolved["data"])
+  _check_data(dataset)
   model = configs.build_model(resolved["model"])
+  shapes = _check_model(model, dataset)
   axis = "data" if resolved["parallel"]["mode"] == "pmap" else None
   parts, programs = {}, {}
   for name, stage in resolved["stages"].items():
     path = f"stages.{name}"
     parts[name] = configs.stage_parts(stage, path)
+    _check_objectives(parts[name], model, dataset, shapes.outputs, path)
     if stage["kind"] == "train":
+      _check_edits(parts[name], shapes.params, path)
       programs[name] = make_program(parts[name], model, axis_name=axis)
       _check_program(make_program(parts[name], model), dataset, stage, path)
-    _check_objectives(parts[name], model, dataset, path)
   return Pipeline(resolved, dataset, model, parts, programs)
+
+
+class _Shapes(NamedTuple):
+  params: Params
+  outputs: PyTree
+
+
+def _check_data(dataset: data.Dataset) -> None:
+  for name in ("train", "validation", "test"):
+    with schema.at(f"data: {name}", also=(TypeError,)):
+      split = getattr(dataset, name)
+      data.num_examples(split)
+      found = data.take(split, np.zeros(1, np.int32))
+      if "inputs" not in found:
+        raise ValueError(f"has no field 'inputs', only {', '.join(found)}.")
+
+
+def _check_model(model: Model, dataset: data.Dataset) -> _Shapes:
+  inputs = _example(dataset, 2)["inputs"]
+  with schema.at("model", also=(TypeError,)):
+    params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    outputs, _ = jax.eval_shape(model.apply, params, state, inputs)
+  return _Shapes(params, outputs)
 
 
 def _example(dataset: data.Dataset, batch_size: int) -> PyTree:
@@ -82,8 +108,19 @@ def _type(leaf: Any) -> tuple[Any, Any]:
   return leaf.shape, leaf.dtype
 
 
+def _check_edits(parts: Mapping[str, Any], params: Params, path: str) -> None:
+  """Calls the edits on shapes with the config's own numbers, to check those."""
+  for part in parts["edits"].values():
+    with schema.at(f"{path}.{part.path}", also=(TypeError,)):
+      jax.eval_shape(build_part(part, {}), params)
+
+
 def _check_objectives(
-  parts: Mapping[str, Any], model: Model, dataset: data.Dataset, path: str
+  parts: Mapping[str, Any],
+  model: Model,
+  dataset: data.Dataset,
+  outputs: PyTree,
+  path: str,
 ) -> None:
   """Calls the objectives on shapes with the config's own numbers, to check those."""
   objectives = {**parts.get("tasks", {}), "": parts["objective"]}
@@ -91,6 +128,9 @@ def _check_objectives(
   for task, part in objectives.items():
     if part is None:
       continue
+    where = f"{path}.{part.path}"
+    if task and isinstance(outputs, Mapping) and task not in outputs:
+      raise schema.unknown(where, "head of the model", task, tuple(outputs))
 
     def loss(batch: Batch, part: Part = part, task: str = task) -> Any:
       params, model_state = model.init(jax.random.key(0), batch["inputs"])
@@ -99,8 +139,13 @@ def _check_objectives(
         built, model, model_state, batch, jax.random.key(0), head=task
       )(params)
 
-    with schema.at(f"{path}.{part.path}", also=(TypeError, KeyError)):
-      jax.eval_shape(loss, batch)
+    with schema.at(where):
+      try:
+        jax.eval_shape(loss, batch)
+      except (TypeError, KeyError, AttributeError) as error:
+        shapes = jax.tree.map(lambda x: x.shape, outputs)
+        said = f"does not fit the model's outputs {shapes}: {error}"
+        raise ValueError(said) from error
 
 
 def evaluator(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from gradlab import _windows
 from gradlab.runfolder import jsonable, write_atomic
 
 HostMetrics = dict[str, np.ndarray]
@@ -27,9 +28,9 @@ class Writer:
   """Appends records to ``metrics.jsonl`` and to TensorBoard events of a folder.
 
   Opening drops what an interrupted run wrote after ``start_step``, and a torn last
-  line. Windows of ``log_every`` steps end at its multiples, so a run that resumes at
-  such a multiple writes the records that it would have written without the break.
-  Under ``jax.distributed`` only process 0 writes.
+  line. Windows of ``log_every`` steps end at its multiples. A run that resumes at a
+  multiple, or where ``keep`` was called, writes the records that it would have
+  written without the break. Under ``jax.distributed`` only process 0 writes.
   """
 
   def __init__(
@@ -54,13 +55,15 @@ class Writer:
     if log_every < 1:
       raise ValueError(f"log_every must be at least 1, got {log_every}.")
     self._log_every = log_every
-    self._window: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    self._window: _windows.Windows = {}
     self._file: int | None = None
     self._events: Any = None
     if jax.process_index() != 0:
       return
     path = Path(folder) / "metrics.jsonl"
     _truncate(path, start_step)
+    self._folder = path.parent
+    self._window = _windows.load(self._folder, start_step)
     self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     if tensorboard:
       self._events = _event_writer(folder, start_step)
@@ -106,12 +109,18 @@ class Writer:
     Raises:
       ValueError: an array that is not [n].
     """
-    columns = _columns(steps, metrics)
+    # Python's floats: every step of a small model passes here.
+    columns = {n: c.tolist() for n, c in _columns(steps, metrics).items()}
     window = self._window.setdefault(split, [])
     for row, step in enumerate(steps):
       window.append((int(step), {name: c[row] for name, c in columns.items()}))
       if step % self._log_every == 0:
         self._write_window(split)
+
+  def keep(self, step: int) -> None:
+    """Stores the windows that are open after ``step``, for a run that resumes there."""
+    if self._file is not None:
+      _windows.keep(self._folder, step, self._window)
 
   def flush(self) -> None:
     """Writes the last windows, which may be shorter, and flushes the events."""
@@ -133,7 +142,10 @@ class Writer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: object, *_: object) -> None:
+    if kind is not None:
+      # A run that broke off resumes within its windows; they are not over.
+      self._window.clear()
     self.close()
 
   def _write_window(self, split: str) -> None:
@@ -201,12 +213,12 @@ def first_nonfinite(
     >>> first_nonfinite([8, 9], {"loss": [0.5, float("nan")], "norm": [1.0, 2.0]})
     (9, 'loss')
   """
-  columns = _columns(steps, metrics)
-  for row, step in enumerate(steps):
-    for name, column in columns.items():
-      if not np.isfinite(column[row]):
-        return int(step), name
-  return None
+  finite = {name: np.isfinite(c) for name, c in _columns(steps, metrics).items()}
+  bad = [(int(np.argmin(f)), name) for name, f in finite.items() if not f.all()]
+  if not bad:
+    return None
+  row, name = min(bad, key=lambda found: found[0])
+  return int(steps[row]), name
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -265,8 +277,10 @@ def _columns(steps: Sequence[int], metrics: Mapping[str, Any]) -> HostMetrics:
 
 
 def _event_writer(folder: str | os.PathLike[str], start_step: int) -> Any:
-  from tensorboardX import SummaryWriter
+  from tensorboardX import SummaryWriter, x2num
 
+  # It would warn of every number that is not finite; the loop says so once.
+  x2num.logger.disabled = True
   # The default name has whole seconds only; a quick restart would overwrite the file.
   return SummaryWriter(
     os.fspath(folder),

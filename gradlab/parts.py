@@ -5,23 +5,35 @@ A method is written as a mapping: ``name`` (a catalogue name, ``optax.<name>`` o
 names a controller. ``None`` (an empty placeholder) means "leave it at its default".
 """
 
-import importlib
 import inspect
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from gradlab import catalog
-from gradlab.schema import REQUIRED, SLOT_FIELDS, at, fields, join, unknown
-from gradlab.types import ConfigError, Method
+from gradlab.arguments import arguments, load_object
+from gradlab.schema import SLOT_FIELDS, at, fields, join, unknown
+from gradlab.types import (
+  Aggregator,
+  Compressor,
+  ConfigError,
+  Controller,
+  Estimator,
+  Method,
+)
 
 # Families whose public function is called by the pipeline on what stands before `*`.
 FUNCTIONS = ("cotangents", "scores", "params", "inputs", "objectives")
+# What the factories of the other families make.
+MADE: dict[str, type] = {
+  "updates": optax.GradientTransformation,
+  "estimators": Estimator,
+  "aggregators": Aggregator,
+  "compressors": Compressor,
+  "controllers": Controller,
+}
 
 
 class Part(NamedTuple):
@@ -44,66 +56,6 @@ class Part(NamedTuple):
   fields: dict[str, Any]
 
 
-def _kinds(annotation: Any) -> set[str]:
-  """Which config values an annotation admits: float, int, bool, str, tuple, none."""
-  origin = typing.get_origin(annotation)
-  if origin in (typing.Union, types.UnionType):
-    return set().union(*(_kinds(a) for a in typing.get_args(annotation)))
-  if origin is typing.Literal:
-    return {"str" if isinstance(a, str) else "any" for a in typing.get_args(annotation)}
-  table: dict[Any, str] = {
-    float: "float",
-    int: "int",
-    bool: "bool",
-    str: "str",
-    type(None): "none",
-  }
-  if table.get(annotation):
-    return {table[annotation]}
-  if (origin or annotation) in (tuple, list, Sequence):
-    return {"tuple"}
-  if (origin or annotation) in (Callable, typing.Callable, jax.Array, np.ndarray):
-    return {"object"}
-  if (origin or annotation) in (dict, Mapping):
-    return {"mapping"}
-  if inspect.isclass(annotation):
-    return {"object"}
-  return {"any"}
-
-
-def _argument_kinds(parameter: inspect.Parameter) -> set[str]:
-  if parameter.annotation is REQUIRED:
-    default = parameter.default
-    known = isinstance(default, bool | int | float | str | tuple)
-    return _kinds(type(default)) if known else {"any"}
-  return _kinds(parameter.annotation)
-
-
-def _coerce(value: Any, kinds: set[str], path: str) -> Any:
-  """The value as the argument's type, or a ConfigError."""
-  if "any" in kinds:
-    return value
-  if isinstance(value, bool):
-    if "bool" in kinds:
-      return value
-  elif isinstance(value, int):
-    if "int" in kinds and "float" not in kinds:
-      return value
-    if "float" in kinds:
-      return float(value)
-  elif isinstance(value, float):
-    if "float" in kinds:
-      return value
-  else:
-    words: dict[type, str] = {str: "str", tuple: "tuple", dict: "mapping"}
-    if words.get(type(value), "object") in kinds:
-      return value
-  names = ", ".join(sorted(kinds - {"object"})) or "nothing that a config can hold"
-  raise ConfigError(
-    f"{path}: expected {names}, got {value!r} ({type(value).__name__})."
-  )
-
-
 def find(family: str, name: Any, path: str) -> Method:
   """The method of that name: catalogue, ``optax.<name>`` or ``module:function``."""
   if not isinstance(name, str):
@@ -118,55 +70,16 @@ def find(family: str, name: Any, path: str) -> Method:
     return known[name]
   if name.startswith("optax.") and family in ("updates", "controllers"):
     home = optax if family == "updates" else optax.schedules
-    factory = getattr(home, name.removeprefix("optax."), None)
-    if not callable(factory):
-      raise unknown(path, "optax name", name, [f"optax.{n}" for n in dir(home)])
-    return Method(name, family, factory, "optax", "", ())
+    factories = {n: f for n, f in vars(home).items() if inspect.isfunction(f)}
+    short = name.removeprefix("optax.")
+    if short not in factories:
+      near = catalog.nearest(short, tuple(factories))
+      raise ConfigError(f"{path}: {home.__name__} has no function {short!r}.{near}")
+    return Method(name, family, factories[short], "optax", "", ())
   if ":" in name:
     return Method(name, family, load_object(name, path), name, "", ())
   of_family = tuple(n for n, m in known.items() if m.family == family)
   raise unknown(path, f"{family} method", name, of_family)
-
-
-def load_object(name: str, path: str) -> Callable[..., Any]:
-  """The callable that ``module:attribute`` names."""
-  module, _, attribute = name.partition(":")
-  try:
-    found = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise ConfigError(f"{path}: cannot import {name!r}: {error}.") from error
-  if not callable(found):
-    raise ConfigError(f"{path}: {name!r} is not callable.")
-  return typing.cast(Callable[..., Any], found)
-
-
-def arguments(
-  function: Callable[..., Any], given: Mapping[str, Any], path: str, keyword_only: bool
-) -> dict[str, Any]:
-  """``given`` checked against the function's signature, numbers made floats."""
-  parameters = inspect.signature(function, eval_str=True).parameters
-  allowed = {
-    name: p
-    for name, p in parameters.items()
-    if p.kind is p.KEYWORD_ONLY
-    or (p.kind is p.POSITIONAL_OR_KEYWORD and not keyword_only)
-  }
-  out = {}
-  for name, value in given.items():
-    here = join(path, name)
-    if name not in allowed:
-      raise unknown(here, "argument", name, tuple(allowed))
-    if value is None:
-      continue
-    admitted = _argument_kinds(allowed[name])
-    if isinstance(value, Mapping) and "float" in admitted:
-      out[name] = value
-    else:
-      out[name] = _coerce(value, admitted, here)
-  for name, parameter in allowed.items():
-    if parameter.default is REQUIRED and name not in out and name != "key":
-      raise ConfigError(f"{join(path, name)}: missing; it has no default.")
-  return out
 
 
 def part(
@@ -200,11 +113,16 @@ def part(
   method = find(family, name, where)
   own = SLOT_FIELDS.get(slot, {})
   slot_given = {k: given.pop(k) for k in tuple(given) if k in own}
-  checked = arguments(method.factory, given, where, family in FUNCTIONS)
+  functional = family in FUNCTIONS
+  checked = arguments(method.factory, given, where, functional, tuple(own))
   static, floats, controllers = {}, {}, {}
   for argument, value in checked.items():
     if isinstance(value, Mapping) and "name" in value:
       here = join(path, argument)
+      if argument in method.static:
+        raise ConfigError(
+          f"{join(root, here)}: sets shapes, so it is a number, not a controller."
+        )
       controllers[argument] = part("controllers", value, here, root=root)
     elif isinstance(value, float) and argument not in method.static:
       floats[argument] = value
@@ -213,10 +131,19 @@ def part(
   found = Part(
     method, path, static, floats, controllers, fields(slot_given, own, where)
   )
-  if family not in FUNCTIONS:
-    with at(where):
-      build_part(found, {}, jax.random.key(0))
+  if not functional:
+    with at(where, also=(TypeError,)):
+      _check_made(found, build_part(found, {}, jax.random.key(0)))
   return found
+
+
+def _check_made(part: Part, made: Any) -> None:
+  family, name = part.method.family, part.method.name
+  schedule = family == "controllers" and name.startswith("optax.")
+  if not (callable(made) if schedule else isinstance(made, MADE[family])):
+    raise ValueError(
+      f"{name} makes a {type(made).__name__}; this place takes one of {family}."
+    )
 
 
 def build_part(
@@ -257,6 +184,7 @@ def build_controller(part: Part, hyperparams: Mapping[str, Any]) -> Any:
 def named(
   spec: Mapping[str, Any], known: Mapping[str, Callable[..., Any]], path: str, kind: str
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
+  """What a data or model spec names, and its checked arguments."""
   name = spec.get("name")
   if not isinstance(name, str):
     raise ConfigError(f"{path}.name: missing; it names a {kind}.")

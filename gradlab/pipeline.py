@@ -4,18 +4,38 @@
 ``run(config, workdir)`` runs the stages in order and leaves one folder behind.
 """
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from gradlab import execution, loop, runfolder, stages
+from gradlab import execution, experiment, loop, runfolder, stages
+from gradlab.checkpoint import Checkpoints
 from gradlab.experiment import Pipeline as Pipeline
-from gradlab.experiment import build as build
 from gradlab.experiment import evaluator
-from gradlab.state import Artifacts
+from gradlab.state import Artifacts, TrainState
+from gradlab.step import Program
+
+
+def build(config: Any) -> Pipeline:
+  """``experiment.build``, and every stage's method called on shapes.
+
+  Args:
+    config: a ``ConfigDict`` or a mapping, as ``get_config()`` returns it.
+
+  Returns:
+    The ``Pipeline``; ``.programs["train"].step`` is the pure train step.
+
+  Raises:
+    ConfigError: one sentence with the path of what is wrong.
+  """
+  pipeline = experiment.build(config)
+  stages.check(pipeline)
+  return pipeline
 
 
 def run(
@@ -42,7 +62,8 @@ def run(
     What ``result.json`` holds: ``{"metrics": {stage: {name: number}}, "seconds"}``.
 
   Raises:
-    ConfigError: a config, a folder or data that cannot be used.
+    ConfigError: a config, a folder, a checkpoint or data that cannot be used; nothing
+      is written then.
     NonFiniteError: the loss became non-finite and the config does not go on.
     Interrupted: ``should_stop`` said so.
   """
@@ -53,7 +74,29 @@ def run(
     if stage["kind"] == "train"
   }
   folder = pathlib.Path(workdir)
-  runfolder.open_run(folder, pipeline.config, overrides, resume=resume)
+  runfolder.check_run(folder, pipeline.config, resume=resume)
+  with contextlib.ExitStack() as opened:
+    checkpoints = {
+      name: opened.enter_context(Checkpoints(folder / "checkpoints" / name))
+      for name in compiled
+    }
+    for name, found in checkpoints.items():
+      found.check(compiled[name].target)
+    runfolder.open_run(folder, pipeline.config, overrides, resume=resume)
+    result = _run(pipeline, compiled, checkpoints, folder, should_stop, progress)
+  runfolder.write_result(folder, result)
+  return result
+
+
+def _run(
+  pipeline: Pipeline,
+  compiled: Mapping[str, execution.Execution],
+  checkpoints: Mapping[str, Checkpoints],
+  folder: pathlib.Path,
+  should_stop: Callable[[], bool],
+  progress: loop.Progress | None,
+) -> dict[str, Any]:
+  """The stages in order, and their numbers."""
   start = time.monotonic()
   key = jax.random.key(pipeline.config["seed"])
   inputs = execution.example_inputs(pipeline.dataset.train)
@@ -69,6 +112,7 @@ def run(
         compiled[name],
         artifacts,
         loop.Settings(name, stage, folder, first_step=done),
+        checkpoints[name],
         validation=pipeline.dataset.validation,
         evaluate=evaluator(pipeline, name),
         should_stop=should_stop,
@@ -77,19 +121,45 @@ def run(
       done += stage["steps"]
     else:
       artifacts = stages.RUN[stage["kind"]](pipeline, name, artifacts)
-  result = {"metrics": artifacts.metrics, "seconds": time.monotonic() - start}
-  runfolder.write_result(folder, result)
-  return result
+  return {"metrics": artifacts.metrics, "seconds": time.monotonic() - start}
 
 
 def _compile(
   pipeline: Pipeline, name: str, stage: Mapping[str, Any]
 ) -> execution.Execution:
+  program = pipeline.programs[name]
+  if _masks_before(pipeline.config["stages"], name):
+    program = _with_masks(program)
   return execution.compile_stage(
-    pipeline.programs[name],
+    program,
     pipeline.dataset.train,
     seed=pipeline.config["seed"],
     batch_size=stage["batch_size"],
     parallel=pipeline.config["parallel"],
     path=f"stages.{name}",
   )
+
+
+def _masks_before(given: Mapping[str, Any], name: str) -> bool:
+  """Whether a stage before ``name`` holds weights at zero, and hands on its masks."""
+  for other, stage in given.items():
+    if other == name:
+      return False
+    edits = stage["edits"].values() if stage["kind"] == "train" else ()
+    held = [edit.get("hold_zeros") is not False for edit in edits]
+    if stage.get("hold_zeros") or any(held):
+      return True
+  return False
+
+
+def _with_masks(program: Program) -> Program:
+  """The program, whose state has masks also where ``init`` is given none."""
+
+  def init(*args: Any, **given: Any) -> TrainState:
+    state: TrainState = program.init(*args, **given)
+    if state.masks is None:
+      kept = jax.tree.map(lambda p: jnp.ones(p.shape, bool), state.params)
+      state = state._replace(masks=kept)
+    return state
+
+  return program._replace(init=init)

@@ -102,8 +102,10 @@ def open_run(
 
   Writes ``config.json``, ``overrides.txt`` (one per line) and ``environment.json``.
   A resumed run keeps its ``config.json``; the environments of the earlier starts
-  move into the list ``earlier`` of ``environment.json``. Under ``jax.distributed``
-  every process checks and only process 0 writes.
+  move into the list ``earlier`` of ``environment.json``. The field ``parallel`` says
+  where a run happens and not which run it is: it may differ, and stands in
+  ``environment.json`` for every start. Under ``jax.distributed`` every process checks
+  and only process 0 writes.
 
   Args:
     workdir: the folder; made, with its parents, when it is missing.
@@ -118,16 +120,14 @@ def open_run(
     ConfigError: the folder holds a run of another config (or of any, without
       ``resume``), cannot be made or cannot be written. Nothing is changed then.
   """
+  known = check_run(workdir, config_dict, resume=resume)
   folder = Path(workdir).absolute()
-  config = jsonable(config_dict)
-  known = _stored_config(folder)
-  if known is not None and not resume:
-    raise ConfigError(f"{folder} already holds a run; choose another folder.")
-  if known is not None:
-    _check_same(folder, known, config)
   if jax.process_index() != 0:
     return folder
   now = environment()
+  config = jsonable(config_dict)
+  if "parallel" in config:
+    now["parallel"] = config["parallel"]
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if known is None:
@@ -141,6 +141,27 @@ def open_run(
       f"cannot write the run folder {folder}: {error.strerror or error}."
     ) from error
   return folder
+
+
+def check_run(
+  workdir: str | os.PathLike[str],
+  config_dict: Mapping[str, Any],
+  *,
+  resume: bool = True,
+) -> Any:
+  """Checks what ``open_run`` checks; returns the stored config, or None.
+
+  Raises:
+    ConfigError: the folder holds a run of another config (or of any, without
+      ``resume``).
+  """
+  folder = Path(workdir).absolute()
+  known = _stored_config(folder)
+  if known is not None and not resume:
+    raise ConfigError(f"{folder} already holds a run; choose another folder.")
+  if known is not None:
+    _check_same(folder, known, jsonable(config_dict))
+  return known
 
 
 def write_result(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
@@ -221,7 +242,8 @@ def _check_same(folder: Path, stored: Any, config: Any) -> None:
   differing = [
     name
     for name in {**there, **here}
-    if name not in there or name not in here or not _equal(there[name], here[name])
+    if name.split(".")[0] != "parallel"
+    and (name not in there or name not in here or not _equal(there[name], here[name]))
   ]
   if not differing:
     return

@@ -95,17 +95,29 @@ def at(path: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     raise ConfigError(f"{path}: {said[0]}") from error
 
 
+@contextlib.contextmanager
+def within(path: str) -> Iterator[None]:
+  """Puts ``path`` before a ``ConfigError`` of a module that knows no config."""
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from error
+
+
 def join(path: str, name: str) -> str:
+  """The path of the field ``name`` under ``path``, which may be empty."""
   return f"{path}.{name}" if path else name
 
 
 def unknown(path: str, kind: str, name: str, allowed: Sequence[str]) -> ConfigError:
+  """The error for a name that is not allowed, with the nearest one that is."""
   near = catalog.nearest(name, tuple(allowed))
-  listed = "" if near else f" Allowed: {', '.join(allowed)}."
+  listed = "" if near else f" Allowed: {', '.join(allowed) or 'none'}."
   return ConfigError(f"{path}: unknown {kind} {name!r}.{near}{listed}")
 
 
 def check_value(value: Any, allowed: Any, path: str) -> Any:
+  """The value, if it is of the type or among the words that are allowed."""
   if isinstance(allowed, tuple) and allowed and isinstance(allowed[0], str):
     if value not in allowed:
       raise ConfigError(f"{path}: {value!r} is not one of {', '.join(allowed)}.")

@@ -14,7 +14,7 @@ from gradlab.experiment import Pipeline, evaluator
 from gradlab.gradients import loss_function
 from gradlab.parts import Part, build_part
 from gradlab.state import Artifacts
-from gradlab.types import Batch, ConfigError, Params, State
+from gradlab.types import Batch, ConfigError, Metrics, Params, PyTree, State
 
 
 def _batch(dataset: data.Dataset, split: str, count: int) -> Batch:
@@ -39,7 +39,7 @@ def _loss_on(
   return loss
 
 
-def _call(part: Part, available: Mapping[str, Callable[[], Any]]) -> Any:
+def _call(part: Part, available: Mapping[str, Callable[[], Any]], path: str) -> Any:
   """Calls the method on what stands before ``*`` in its signature, by name."""
   wanted = inspect.signature(part.method.factory).parameters.values()
   given = []
@@ -50,17 +50,18 @@ def _call(part: Part, available: Mapping[str, Callable[[], Any]]) -> Any:
       given.append(available[parameter.name]())
     elif parameter.default is inspect.Parameter.empty:
       raise ConfigError(
-        f"{part.path}: {part.method.name} needs {parameter.name!r}, which this stage "
+        f"{path}: {part.method.name} needs {parameter.name!r}, which this stage "
         f"does not have; it has {', '.join(available)}."
       )
     else:
       break
-  return build_part(part, {})(*given)
+  with schema.at(path):
+    return build_part(part, {})(*given)
 
 
-def _score(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+def _scores(pipeline: Pipeline, name: str, artifacts: Artifacts) -> PyTree:
   stage = pipeline.config["stages"][name]
-  scores = _call(
+  return _call(
     pipeline.parts[name]["method"],
     {
       "loss_fn": lambda: _loss_on(pipeline, name, artifacts.model_state),
@@ -70,18 +71,27 @@ def _score(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
       "model_apply": lambda: pipeline.model.apply,
       "key": lambda: jax.random.key(pipeline.config["seed"]),
     },
+    f"stages.{name}.method",
   )
+
+
+def _score(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+  scores = _scores(pipeline, name, artifacts)
   return artifacts._replace(scores={**artifacts.scores, name: scores})
 
 
-def _edit(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+def _edited(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Params:
   stage = pipeline.config["stages"][name]
   part: Part = pipeline.parts[name]["method"]
   if stage["scores"] is not None:
     static = {**part.static, "scores": artifacts.scores[stage["scores"]]}
     part = part._replace(static=static)
-  with schema.at(f"stages.{name}.method"):
-    params = _call(part, {"params": lambda: artifacts.params})
+  return _call(part, {"params": lambda: artifacts.params}, f"stages.{name}.method")
+
+
+def _edit(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+  stage = pipeline.config["stages"][name]
+  params = _edited(pipeline, name, artifacts)
   masks = artifacts.masks
   if stage["hold_zeros"]:
     held = jax.tree.map(lambda a, b: ~((a != 0) & (b == 0)), artifacts.params, params)
@@ -97,7 +107,9 @@ def _edit(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
   )
 
 
-def _search(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+def _found(
+  pipeline: Pipeline, name: str, artifacts: Artifacts
+) -> tuple[Batch, Metrics]:
   stage = pipeline.config["stages"][name]
   batch = _batch(pipeline.dataset, stage["split"], stage["num_examples"])
   loss = _loss_on(pipeline, name, artifacts.model_state)
@@ -108,24 +120,30 @@ def _search(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
       lambda x, y: loss(artifacts.params, {"inputs": x[None], "label": y[None]})
     )(x, y)
 
-  with schema.at(f"stages.{name}.method"):
-    found = _call(
-      pipeline.parts[name]["method"],
-      {
-        "loss_fn": lambda: each,
-        "x": lambda: batch["inputs"],
-        "y": lambda: batch["label"],
-        "key": lambda: jax.random.key(pipeline.config["seed"]),
-      },
-    )
+  found = _call(
+    pipeline.parts[name]["method"],
+    {
+      "loss_fn": lambda: each,
+      "x": lambda: batch["inputs"],
+      "y": lambda: batch["label"],
+      "key": lambda: jax.random.key(pipeline.config["seed"]),
+    },
+    f"stages.{name}.method",
+  )
   x = found[0] if isinstance(found, tuple) else found
   metrics = {
-    "loss_before": float(jnp.mean(each(batch["inputs"], batch["label"]))),
-    "loss_after": float(jnp.mean(each(x, batch["label"]))),
-    "max_change": float(jnp.max(jnp.abs(x - batch["inputs"]))),
+    "loss_before": jnp.mean(each(batch["inputs"], batch["label"])),
+    "loss_after": jnp.mean(each(x, batch["label"])),
+    "max_change": jnp.max(jnp.abs(x - batch["inputs"])),
   }
+  return {**batch, "inputs": x}, metrics
+
+
+def _search(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
+  batch, found = _found(pipeline, name, artifacts)
+  metrics = {metric: float(value) for metric, value in found.items()}
   return artifacts._replace(
-    inputs={**artifacts.inputs, name: {**batch, "inputs": x}},
+    inputs={**artifacts.inputs, name: batch},
     metrics={**artifacts.metrics, name: metrics},
   )
 
@@ -149,3 +167,34 @@ RUN: dict[str, Callable[[Pipeline, str, Artifacts], Artifacts]] = {
   "search": _search,
   "evaluate": _evaluate,
 }
+
+
+def check(pipeline: Pipeline) -> None:
+  """Calls the stages' methods on shapes alone: what does not fit is found here.
+
+  A method that needs numbers cannot be called so; it and the stages after it are
+  checked when they run.
+
+  Raises:
+    ConfigError: one sentence with the path of what is wrong.
+  """
+  params, model_state = jax.eval_shape(
+    pipeline.model.init,
+    jax.random.key(0),
+    execution.example_inputs(pipeline.dataset.train),
+  )
+  artifacts = Artifacts(params, model_state, params, None, {}, {}, {})
+  calls = {"score": _scores, "edit": _edited, "search": _found}
+  for name, stage in pipeline.config["stages"].items():
+    kind = stage["kind"]
+    if kind not in calls:
+      continue
+    with schema.at(f"stages.{name}.method", also=(TypeError,)):
+      try:
+        made = jax.eval_shape(functools.partial(calls[kind], pipeline, name), artifacts)
+      except jax.errors.JAXTypeError:
+        return
+    if kind == "score":
+      artifacts = artifacts._replace(scores={**artifacts.scores, name: made})
+    elif kind == "edit":
+      artifacts = artifacts._replace(params=made, reference_params=artifacts.params)

@@ -1,5 +1,8 @@
 """The ``--config`` flag: a config file whose fields flags may override."""
 
+import pathlib
+import runpy
+import traceback
 from typing import Any
 
 import ml_collections
@@ -9,7 +12,21 @@ from ml_collections import config_flags
 from gradlab.types import ConfigError
 
 
-class Fields(ml_collections.ConfigDict):
+# What a mistake in a config file raises; anything else keeps its traceback.
+_MISTAKES = (
+  ArithmeticError,
+  AttributeError,
+  ImportError,
+  LookupError,
+  NameError,
+  OSError,
+  SyntaxError,
+  TypeError,
+  ValueError,
+)
+
+
+class Fields(ml_collections.ConfigDict):  # type: ignore[misc]
   """A ``ConfigDict`` whose fields come before its methods.
 
   ``ConfigDict`` has a method ``update``, which would hide the field of that name from
@@ -22,6 +39,11 @@ class Fields(ml_collections.ConfigDict):
       return self[name]
     return super().__getattribute__(name)
 
+  def __setitem__(self, key: str, value: Any) -> None:
+    # a whole mapping given by a flag, --config.data={'name':'wine'}, is a ConfigDict
+    plain = type(value) is ml_collections.ConfigDict
+    super().__setitem__(key, fields(value) if plain else value)
+
 
 def fields(config: ml_collections.ConfigDict) -> Fields:
   """The same fields, references and order, as ``Fields`` at every depth."""
@@ -33,19 +55,47 @@ def fields(config: ml_collections.ConfigDict) -> Fields:
   return out
 
 
-class _Parser(flags.ArgumentParser):  # type: ignore[type-arg]
-  """Parses as ``config_flags`` does, then lets fields hide methods."""
+def load(path: str) -> Fields:
+  """What ``get_config()`` of a file returns, locked.
 
-  def __init__(self, inner: Any) -> None:
-    self._inner = inner
+  Args:
+    path: the file; what follows a colon is passed to ``get_config``.
+
+  Raises:
+    ConfigError: no such file, or one that is not a config.
+  """
+  file, *argument = path.split(":", 1)
+  if not pathlib.Path(file).is_file():
+    raise ConfigError(f"--config: there is no file {file!r}.")
+  try:
+    module = runpy.run_path(file)
+    if "get_config" not in module:
+      raise ConfigError(f"--config: {file} has no get_config().")
+    found = module["get_config"](*argument)
+  except ConfigError:
+    raise
+  except _MISTAKES as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    line = f", line {lines[-1]}" if lines else ""
+    raise ConfigError(
+      f"--config: {file}{line}: {type(error).__name__}: {error}"
+    ) from error
+  if isinstance(found, dict):
+    found = ml_collections.ConfigDict(found)
+  if not isinstance(found, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"--config: get_config() of {file} returns a {type(found).__name__}, not a "
+      "ConfigDict."
+    )
+  return fields(found).lock()
+
+
+class _Parser(flags.ArgumentParser):  # type: ignore[type-arg]
+  """Reads the file when the flag is parsed."""
 
   def parse(self, path: str) -> Fields:
-    found = self._inner.parse(path)
-    if isinstance(found, dict):
-      found = ml_collections.ConfigDict(found)
-    if not isinstance(found, ml_collections.ConfigDict):
-      raise ConfigError(f"--config: cannot read {path!r} or its get_config().")
-    return fields(found).lock()
+    return load(path)
 
   def flag_type(self) -> str:
     return "config object"
@@ -55,5 +105,5 @@ def define_config() -> Any:
   """Defines ``--config`` and returns its holder; ``.value`` is the config."""
   holder = config_flags.DEFINE_config_file("config", None, "File with get_config().")
   flag = flags.FLAGS["config"]
-  flag.parser = _Parser(flag.parser)
+  flag.parser = _Parser()
   return holder

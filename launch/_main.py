@@ -1,5 +1,6 @@
 """How every program of ``launch`` starts and ends."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,18 +10,21 @@ from gradlab.launch import _cache
 from gradlab.types import ConfigError, Interrupted, NonFiniteError
 
 
-def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], required: Sequence[str], arguments: int) -> list[str]:
   app.define_help_flags()
   try:
     rest: list[str] = flags.FLAGS(list(argv))
   except (AttributeError, KeyError) as error:
-    raise ConfigError(f"flags: {_unknown_field(error, argv)}") from error
+    raise ConfigError(_unknown_field(error, argv)) from error
   except (flags.Error, TypeError, ValueError) as error:
-    raise ConfigError(f"flags: {error}") from error
-  except OSError as error:
-    raise ConfigError(f"flags: cannot read a config: {error}.") from error
-  if rest[1:]:
-    raise ConfigError(f"flags: unexpected arguments {' '.join(rest[1:])}.")
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ConfigError):
+      raise cause from None
+    said = str(error)
+    where = "" if said.startswith("flag --") else "flags: "
+    raise ConfigError(where + said.removeprefix("flag ")) from error
+  if unexpected := rest[1 + arguments :]:
+    raise ConfigError(f"flags: unexpected arguments {' '.join(unexpected)}.")
   for name in required:
     if not flags.FLAGS[name].value:
       raise ConfigError(f"flags: --{name} is missing.")
@@ -28,27 +32,41 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
 
 
 def _unknown_field(error: BaseException, argv: Sequence[str]) -> str:
-  """What the config says of a field that it lacks, and the flag that asked for it."""
+  """Which flag asked for a field that the config lacks, and the nearest field."""
   while error.args and isinstance(error.args[0], BaseException):
     error = error.args[0]
   said = str(error.args[0])
   key = said.splitlines()[0].strip("'\"")
   paths = [a.split("=")[0] for a in argv if a.startswith("--config.")]
-  path = next((path for path in paths if key in path.split(".")), "--config")
-  return f"{path}: {said}"
+  asked = [path for path in paths if key in path.split(".")]
+  if not asked:
+    where = [path for path in paths if path.removeprefix("--config.") in said]
+    return f"{' '.join(where[:1]) or 'flags'}: {said}"
+  near = re.search(r'Did you mean "(.*?)"', said)
+  hint = f" Did you mean {near[1]!r}?" if near else ""
+  return (
+    f"{asked[0]}: the config file has no field {key!r}, and a flag can only change "
+    f"what the file has.{hint}"
+  )
 
 
-def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str] = ()) -> None:
+def run(
+  main: Callable[[Sequence[str]], None],
+  *,
+  required: Sequence[str] = (),
+  arguments: int = 0,
+) -> None:
   """``absl.app.run``, with the user's errors as one line on stderr and exit code 2.
 
   Args:
-    main: called with the arguments that are no flags: the program's name.
+    main: called with the arguments that are no flags, the program's name first.
     required: names of the flags that must be given.
+    arguments: how many arguments that are no flags there may be, beside the name.
   """
   logging.set_verbosity(logging.WARNING)
   _cache.use()
   try:
-    app.run(main, flags_parser=lambda argv: _parse(argv, required))
+    app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments))
   except (ConfigError, NonFiniteError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,0 +1,85 @@
+"""The benchmark of the update rules counts their bytes and times their steps."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from gradlab import catalog
+from gradlab.launch import _bench_updates
+from gradlab.types import Method
+
+TINY = _bench_updates.Sizes(layers=1, width=4, vocabulary=8)
+
+
+@pytest.fixture(autouse=True)
+def _jaxs_own_promotion():
+  """optax.adamw, the baseline, does not run under strict promotion."""
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def _count(params):
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_default_tree_has_twenty_million_parameters():
+  params = _bench_updates.parameters(_bench_updates.Sizes())
+  assert abs(_count(params) - 20e6) < 0.1e6
+  assert _bench_updates.tree_bytes(params) == 4 * _count(params)
+
+
+@pytest.mark.parametrize(
+  ("name", "arrays"), [("adamw", 2), ("diffgrad", 3), ("adan", 4)]
+)
+def test_bytes_are_counted_from_the_arrays(name, arrays):
+  params = _bench_updates.parameters(TINY)
+  rule = _bench_updates.build(catalog.methods()[name])
+  stepper = _bench_updates.Stepper(rule, params)
+  counters = sum(
+    4 for leaf in jax.tree.leaves(rule.init(params)) if leaf.dtype == np.int32
+  )
+  state = 4 * arrays * _count(params) + counters
+  assert stepper.state_bytes == state
+  assert stepper.moved_bytes == 3 * 4 * _count(params) + 2 * state
+
+
+def test_the_timed_steps_are_the_rules_steps():
+  params, grads = (_bench_updates.parameters(TINY, seed) for seed in (0, 1))
+  rule = optax.adamw(1e-3)
+  found = _bench_updates.Stepper(rule, params).run(grads, 3)
+  expected, state = params, rule.init(params)
+  for _ in range(3):
+    updates, state = rule.update(grads, state, expected)
+    expected = optax.apply_updates(expected, updates)
+  # float32, compiled as one program or not
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected
+  )
+
+
+def test_updates_section_has_every_rule():
+  section = _bench_updates.measure(2, TINY, steps=1)
+  rules = [m.name for m in catalog.methods().values() if m.family == "updates"]
+  assert [record["name"] for record in section.records] == rules
+  for record, check in zip(section.records, section.checks, strict=True):
+    assert check.value == record["ratio"]["median"] / record["byte_ratio"]
+  adamw = section.records[rules.index("adamw")]
+  assert adamw["byte_ratio"] == 1.0
+  count = _count(_bench_updates.parameters(TINY))
+  assert adamw["state_bytes_per_parameter"] == 8 + 4 / count
+
+
+def test_time_is_divided_by_bytes():
+  rule = _bench_updates.Measured("adan", [30.0, 9.0, 40.0], [10.0, 5.0, 20.0], 1.6, 16)
+  section = _bench_updates.section([rule], 100)
+  assert section.records[0]["ratio"]["runs"] == [3.0, 1.8, 2.0]
+  assert section.checks == [(1.25, 1.25, False)]
+
+
+def test_a_rule_without_defaults_is_named():
+  def rule(learning_rate, radius):
+    del learning_rate, radius
+
+  with pytest.raises(ValueError, match="rule needs radius; the benchmark gives"):
+    _bench_updates.build(Method("rule", "updates", rule, "", ""))
