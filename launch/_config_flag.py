@@ -11,7 +11,6 @@ from ml_collections import config_flags
 
 from gradlab.types import ConfigError
 
-
 # What a mistake in a config file raises; anything else keeps its traceback.
 _MISTAKES = (
   ArithmeticError,
