@@ -44,9 +44,10 @@ def stage_parts(stage: Mapping[str, Any], root: str) -> dict[str, Any]:
   parts: dict[str, Any] = {"objective": single("objective", "objectives")}
   if kind in families:
     parts["method"] = single("method", families[kind])
+  if kind in ("train", "evaluate"):
+    parts["tasks"] = several("tasks", "objectives")
   if kind == "train":
     parts |= {
-      "tasks": several("tasks", "objectives"),
       "estimator": single("estimator", "estimators"),
       "aggregator": single("aggregator", "aggregators"),
       "compressor": single("compressor", "compressors"),
@@ -74,6 +75,13 @@ def _resolve_stage(
         f"{root}.{name}: no earlier {wanted} stage is called {out[name]!r}; "
         f"earlier {wanted} stages: {', '.join(able) or 'none'}."
       )
+  if kind in ("train", "evaluate"):
+    given = [name for name in ("objective", "tasks") if out[name]]
+    if len(given) != 1:
+      raise ConfigError(
+        f"{root}: give either objective or tasks, got "
+        f"{' and '.join(given) or 'neither'}."
+      )
   if kind == "train":
     _check_train(out, root)
   elif kind != "edit":
@@ -92,11 +100,6 @@ def _check_train(stage: Mapping[str, Any], root: str) -> None:
   for name in ("eval_every", "checkpoint_every"):
     if stage[name] < 0:
       raise ConfigError(f"{root}.{name}: must be 0 (off) or more, got {stage[name]}.")
-  given = [name for name in ("objective", "tasks") if stage[name]]
-  if len(given) != 1:
-    raise ConfigError(
-      f"{root}: give either objective or tasks, got {' and '.join(given) or 'neither'}."
-    )
   if not stage["update"]:
     raise ConfigError(f"{root}.update: name at least one update rule.")
   for name, edit in stage["edits"].items():

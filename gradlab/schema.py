@@ -63,7 +63,8 @@ SCHEMA: dict[str, dict[str, tuple[Any, Any]]] = {
   },
   "evaluate": {
     "kind": (("evaluate",), "evaluate"),
-    "objective": (Mapping, REQUIRED),
+    "objective": (Mapping, None),
+    "tasks": (Mapping, None),
     "split": (("train", "validation", "test"), "test"),
     "inputs": (str, None),
     "batch_size": (int, 256),

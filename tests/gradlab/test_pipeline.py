@@ -120,6 +120,36 @@ def test_attack_is_searched_and_evaluated(tmp_path):
   assert found["robust"]["loss"] == pytest.approx(found["attack"]["loss_after"])
 
 
+def test_every_head_is_trained_and_evaluated(tmp_path):
+  tasks = {"digit": {"name": "cross_entropy"}, "value": {"name": "squared_error"}}
+  experiment = config(
+    train=train_stage(objective=None, tasks=tasks),
+    again={"kind": "evaluate", "tasks": tasks, "split": "validation"},
+  )
+  experiment["model"] = {"name": "mlp", "features": (16,)}
+  experiment["model"]["outputs"] = (("digit", 10), ("value", 1))
+  experiment["data"] = {"name": f"{__name__}:digits_with_values"}
+  tasks["value"]["label"] = "value"
+  found = pipeline.run(experiment, tmp_path)["metrics"]
+  names = {"digit/loss", "digit/accuracy", "value/loss", "value/mae"}
+  assert set(found["train"]) == names
+  assert found["again"] == found["train"]
+  # predicting 0 for every digit costs the mean square of 0 to 9
+  assert found["train"]["value/loss"] < 28.5
+
+
+def digits_with_values():
+  """The digits with their values as a second label."""
+  from gradlab.sources import digits
+
+  held = digits()
+  splits = (
+    {**split, "value": split["label"].astype(np.float32)}
+    for split in (held.train, held.validation, held.test)
+  )
+  return type(held)(*splits, held.info)
+
+
 def test_run_folder(tmp_path):
   said = []
   result = pipeline.run(

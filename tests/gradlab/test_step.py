@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +78,7 @@ def by_hand(built, tx, count=5, gradient=None):
 
 def assert_close(a, b, rtol=2e-5, atol=2e-6):
   """float32 arithmetic in another order: a few units in the last place per step."""
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
-  )
+  chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_step_is_backprop_and_the_update_chain():
