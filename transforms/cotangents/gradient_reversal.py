@@ -15,10 +15,10 @@ from gradlab.types import PyTree, method
 @method(
   family="cotangents",
   paper=(
-    "Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2015; "
     "Yi et al., Adversarial Transfer Learning for Punctuation Restoration, 2020; "
     "Yang et al., Video Adverse-Weather-Component Suppression Network via Weather "
-    "Messenger and Adversarial Backpropagation, 2023"
+    "Messenger and Adversarial Backpropagation, 2023; the layer is that of Ganin and "
+    "Lempitsky, Unsupervised Domain Adaptation by Backpropagation, 2015"
   ),
   arxiv="2004.00248",
   seeds=("001:52", "004:46"),
