@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradlab import catalog
@@ -128,6 +129,10 @@ def part(
       floats[argument] = value
     else:
       static[argument] = value
+  if floats and method.paper == "optax":
+    numbers = {**floats, **dict.fromkeys(controllers, 0.5)}
+    if not _traceable(method, static, numbers):
+      static, floats = {**static, **floats}, {}
   found = Part(
     method, path, static, floats, controllers, fields(slot_given, own, where)
   )
@@ -135,6 +140,29 @@ def part(
     with at(where, also=(TypeError,)):
       _check_made(found, build_part(found, {}, jax.random.key(0)))
   return found
+
+
+def _traceable(
+  method: Method, static: Mapping[str, Any], floats: Mapping[str, float]
+) -> bool:
+  """Whether an optax function takes traced floats: some branch on them in Python."""
+
+  def call(floats: Mapping[str, Any]) -> Any:
+    made = method.factory(**static, **floats)
+    if callable(made):
+      return made(jnp.zeros([], jnp.int32))
+    params = jnp.zeros([2])
+    return made.update(params, made.init(params), params)
+
+  try:
+    with jax.numpy_dtype_promotion("standard"):
+      jax.eval_shape(call, dict(floats))
+  except jax.errors.JAXTypeError:
+    return False
+  except (TypeError, ValueError):
+    # of another kind, such as a missing extra argument: the step's own check says so
+    return True
+  return True
 
 
 def _check_made(part: Part, made: Any) -> None:

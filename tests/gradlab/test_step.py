@@ -247,6 +247,30 @@ def test_controller_sets_the_hyperparameter_of_every_step():
   assert "update.sgd.learning_rate.peak_value" in built.programs["train"].hyperparams
 
 
+@pytest.mark.parametrize(
+  ("name", "arguments", "traced"),
+  [
+    ("exponential_decay", {"init_value": 0.5, "transition_steps": 2}, False),
+    ("cosine_decay_schedule", {"init_value": 0.5, "decay_steps": 4}, True),
+  ],
+)
+def test_optax_schedule_is_traced_where_it_can_be(name, arguments, traced):
+  if not traced:
+    arguments = {**arguments, "decay_rate": 0.5}
+  rate = {"name": f"optax.{name}", **arguments}
+  schedule = getattr(optax, name)(**arguments)
+  with jax.numpy_dtype_promotion("standard"):  # optax is not strict
+    built = pipeline.build(
+      config({"sgd": {"name": "optax.sgd", "learning_rate": rate}})
+    )
+    _, metrics = run(built)
+    expected = [float(schedule(step)) for step in range(5)]
+  said = [m["hyperparams/update.sgd.learning_rate"] for m in metrics]
+  np.testing.assert_allclose(said, expected, rtol=1e-6)
+  path = "update.sgd.learning_rate.init_value"
+  assert (path in built.programs["train"].hyperparams) == traced
+
+
 def halve_when_worse(start: float = 1.0) -> Controller:
   """A controller with state: halves its value whenever the loss has risen."""
 
