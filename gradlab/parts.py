@@ -129,7 +129,7 @@ def part(
       floats[argument] = value
     else:
       static[argument] = value
-  if floats and method.paper == "optax":
+  if floats and method.name.startswith("optax."):
     numbers = {**floats, **dict.fromkeys(controllers, 0.5)}
     if not _traceable(method, static, numbers):
       static, floats = {**static, **floats}, {}
