@@ -63,7 +63,7 @@ STAGES = [
     "field of another kind",
     {"test.steps": 8},
     "stages.test.steps: unknown field 'steps'. "
-    "Allowed: kind, objective, split, inputs, batch_size.",
+    "Allowed: kind, objective, tasks, split, inputs, batch_size.",
   ),
   Mistake(
     "kind",
