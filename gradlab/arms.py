@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gradlab import data, execution
 from gradlab.experiment import Pipeline, build, evaluator
@@ -97,15 +96,13 @@ def run_arms(
   arrays = {field: jnp.asarray(array) for field, array in train.items()}
   count = data.num_examples(train)
   step_arms = jax.vmap(program.step, in_axes=(ARM_AXES, 0), out_axes=(ARM_AXES, 0))
+  arms_program = program._replace(step=step_arms)
 
   def init(seed: jax.Array, values: Mapping[str, jax.Array]) -> TrainState:
     return program.init(jax.random.key(seed), inputs, hyperparams=values)
 
   def run(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-    def body(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-      return step_arms(state, {field: a[rows] for field, a in arrays.items()})
-
-    state, metrics = lax.scan(body, state, rows)
+    state, metrics = execution.scan_steps(arms_program, state, arrays, rows)
     return state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
   init_arms = jax.jit(jax.vmap(init, out_axes=ARM_AXES))

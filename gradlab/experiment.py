@@ -51,14 +51,18 @@ def build(config: Any) -> Pipeline:
   shapes = _check_model(model, dataset)
   axis = "data" if resolved["parallel"]["mode"] == "pmap" else None
   parts, programs = {}, {}
+  masked = False  # whether an earlier stage holds weights at zero
   for name, stage in resolved["stages"].items():
     path = f"stages.{name}"
     parts[name] = configs.stage_parts(stage, path)
     _check_objectives(parts[name], model, dataset, shapes.outputs, path)
     if stage["kind"] == "train":
       _check_edits(parts[name], shapes.params, path)
-      programs[name] = make_program(parts[name], model, axis_name=axis)
+      programs[name] = make_program(parts[name], model, axis_name=axis, masked=masked)
       _check_program(make_program(parts[name], model), dataset, stage, path)
+    edits = parts[name].get("edits", {}).values()
+    masked |= any(edit.fields["hold_zeros"] for edit in edits)
+    masked |= stage.get("hold_zeros", False)
   return Pipeline(resolved, dataset, model, parts, programs)
 
 

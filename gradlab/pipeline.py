@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gradlab import execution, experiment, loop, runfolder, stages
 from gradlab.checkpoint import Checkpoints
 from gradlab.experiment import Pipeline as Pipeline
 from gradlab.experiment import evaluator
-from gradlab.state import Artifacts, TrainState
-from gradlab.step import Program
+from gradlab.state import Artifacts
 
 
 def build(config: Any) -> Pipeline:
@@ -127,39 +125,11 @@ def _run(
 def _compile(
   pipeline: Pipeline, name: str, stage: Mapping[str, Any]
 ) -> execution.Execution:
-  program = pipeline.programs[name]
-  if _masks_before(pipeline.config["stages"], name):
-    program = _with_masks(program)
   return execution.compile_stage(
-    program,
+    pipeline.programs[name],
     pipeline.dataset.train,
     seed=pipeline.config["seed"],
     batch_size=stage["batch_size"],
     parallel=pipeline.config["parallel"],
     path=f"stages.{name}",
   )
-
-
-def _masks_before(given: Mapping[str, Any], name: str) -> bool:
-  """Whether a stage before ``name`` holds weights at zero, and hands on its masks."""
-  for other, stage in given.items():
-    if other == name:
-      return False
-    edits = stage["edits"].values() if stage["kind"] == "train" else ()
-    held = [edit.get("hold_zeros") is not False for edit in edits]
-    if stage.get("hold_zeros") or any(held):
-      return True
-  return False
-
-
-def _with_masks(program: Program) -> Program:
-  """The program, whose state has masks also where ``init`` is given none."""
-
-  def init(*args: Any, **given: Any) -> TrainState:
-    state: TrainState = program.init(*args, **given)
-    if state.masks is None:
-      kept = jax.tree.map(lambda p: jnp.ones(p.shape, bool), state.params)
-      state = state._replace(masks=kept)
-    return state
-
-  return program._replace(init=init)

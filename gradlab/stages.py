@@ -13,7 +13,7 @@ from gradlab import data, execution, schema
 from gradlab.experiment import Pipeline, evaluator
 from gradlab.gradients import loss_function
 from gradlab.parts import Part, build_part
-from gradlab.state import Artifacts
+from gradlab.state import Artifacts, hold_zeros, keep_all
 from gradlab.types import Batch, ConfigError, Metrics, Params, PyTree, State
 
 
@@ -94,8 +94,8 @@ def _edit(pipeline: Pipeline, name: str, artifacts: Artifacts) -> Artifacts:
   params = _edited(pipeline, name, artifacts)
   masks = artifacts.masks
   if stage["hold_zeros"]:
-    held = jax.tree.map(lambda a, b: ~((a != 0) & (b == 0)), artifacts.params, params)
-    masks = held if masks is None else jax.tree.map(jnp.logical_and, masks, held)
+    masks = keep_all(params) if masks is None else masks
+    masks = hold_zeros(masks, artifacts.params, params)
   leaves = jax.tree.leaves(params)
   zeros = sum(int(jnp.sum(leaf == 0)) for leaf in leaves)
   metrics = {"zeros": zeros, "sparsity": zeros / sum(leaf.size for leaf in leaves)}

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gradlab.types import Batch, Params, PyTree, State
 
@@ -35,6 +36,16 @@ class TrainState(NamedTuple):
   masks: PyTree
   hyperparams: dict[str, jax.Array]
   key: jax.Array
+
+
+def keep_all(params: Params) -> PyTree:
+  """Masks that hold nothing at zero."""
+  return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+
+def hold_zeros(masks: PyTree, before: Params, after: Params) -> PyTree:
+  """Masks that also hold what an edit has just set to zero."""
+  return jax.tree.map(lambda m, a, b: m & ~((a != 0) & (b == 0)), masks, before, after)
 
 
 class Artifacts(NamedTuple):

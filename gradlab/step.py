@@ -15,7 +15,7 @@ from jax import lax
 
 from gradlab.gradients import Built, batch_loss, extra_arguments, gradients
 from gradlab.parts import Part, build_controller, build_part
-from gradlab.state import TrainState
+from gradlab.state import TrainState, hold_zeros, keep_all
 from gradlab.transforms.aggregators import mean
 from gradlab.transforms.compressors import compressed
 from gradlab.transforms.estimators import backprop
@@ -85,9 +85,7 @@ def _edit(
       due &= count <= fields["stop"]
     edited = lax.cond(due, function, lambda p: p, params)
     if fields["hold_zeros"]:
-      masks = jax.tree.map(
-        lambda m, a, b: m & ~((a != 0) & (b == 0)), masks, params, edited
-      )
+      masks = hold_zeros(masks, params, edited)
     params = edited
   if masks is not None:
     params = jax.tree.map(
@@ -97,7 +95,7 @@ def _edit(
 
 
 def make_program(
-  parts: Parts, model: Model, *, axis_name: str | None = None
+  parts: Parts, model: Model, *, axis_name: str | None = None, masked: bool = False
 ) -> Program:
   """Builds ``init`` and ``step`` from the parts of a train stage.
 
@@ -107,6 +105,8 @@ def make_program(
     model: the model to train.
     axis_name: the axis to average over when the step runs under ``pmap``; the step
       then gets one replica's share of the batch and returns the same numbers.
+    masked: whether the state has masks even if this stage has no edits of its own,
+      for those of an earlier stage.
   """
   controllers = {
     f"{part.path}.{name}": controller
@@ -119,7 +119,7 @@ def make_program(
     for name, value in part.floats.items()
   }
   over = parts["aggregator"].fields["over"] if parts["aggregator"] else None
-  holds = any(edit.fields["hold_zeros"] for edit in parts["edits"].values())
+  masked = masked or any(edit.fields["hold_zeros"] for edit in parts["edits"].values())
 
   def init(
     key: jax.Array,
@@ -140,8 +140,8 @@ def make_program(
     if params is None:
       params, model_state = model.init(model_key, inputs)
     built = _build(parts, values, parts_key)
-    if masks is None and holds:
-      masks = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+    if masks is None and masked:
+      masks = keep_all(params)
     return TrainState(
       step=jnp.zeros([], jnp.int32),
       params=params,
