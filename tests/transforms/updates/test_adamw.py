@@ -6,21 +6,7 @@ import pytest
 
 from gradlab.transforms.updates import adamw
 from tests.oracles import adamw as oracle
-
-
-def noise(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def follow(transform, theta, gradients):
-  """theta_1, theta_2, ... and the last state; one compiled step."""
-  update = jax.jit(transform.update)
-  state, out = transform.init(theta), []
-  for g in gradients:
-    u, state = update(jax.tree.map(jnp.asarray, g), state, theta)
-    theta = optax.apply_updates(theta, u)
-    out.append(theta)
-  return out, state
+from tests.transforms.updates.trajectories import follow, noise
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-import functools
-
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -11,6 +9,8 @@ import pytest
 
 from gradlab.transforms.updates import adan, scale_by_adan
 from tests.oracles import adan as oracle
+from tests.transforms.updates import trajectories
+from tests.transforms.updates.trajectories import follow, noise
 
 # float32 against float64: a few roundings per step, a dozen steps.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -20,37 +20,9 @@ floats = st.floats(-4, 4, width=32).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
 sequences = hnp.arrays(np.float32, (6, 5), elements=floats)
 
 
-def follow(transform, theta, gradients):
-  """theta_1, theta_2, ... and the last state; one compiled step."""
-  update = jax.jit(transform.update)
-  state, out = transform.init(theta), []
-  for g in gradients:
-    u, state = update(jax.tree.map(jnp.asarray, g), state, theta)
-    theta = optax.apply_updates(theta, u)
-    out.append(theta)
-  return out, state
-
-
-@functools.cache
-def compiled(factory, options):
-  """The scan of a direction over gradients; compiled once per shape and options."""
-  transform = factory(**dict(options))
-
-  def step(state, g):
-    s, state = transform.update(g, state)
-    return state, s
-
-  return jax.jit(lambda g: jax.lax.scan(step, transform.init(g[0]), g)[1])
-
-
 def direct(gradients, factory=scale_by_adan, **options):
   """s_1, s_2, ... of one array."""
-  scan = compiled(factory, tuple(options.items()))
-  return scan(jnp.asarray(gradients, jnp.float32))
-
-
-def noise(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return trajectories.direct(gradients, factory, **options)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from gradlab.transforms.updates import (
   sr_sinkhorn,
 )
 from tests.oracles import sinkgd as oracle
+from tests.transforms.updates.trajectories import noise
 
 G = np.array([[3.0, 4.0], [1.0, -2.0]], np.float32)
 # float32 sums and roots against float64, ten of them in a row.
@@ -35,10 +36,6 @@ entries = st.floats(0.125, 4, width=32).flatmap(lambda x: st.sampled_from([x, -x
 dense = hnp.arrays(np.float32, (3, 4), elements=entries)
 positive = st.floats(2**-10, 2**10, width=32)
 sinkhorn = jax.jit(sr_sinkhorn, static_argnums=1)
-
-
-def noise(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def apply(transform, g):
