@@ -1,154 +1,113 @@
 """Arms: runs that differ only in seeds and float hyperparameters, as one program.
 
-The train step is vmapped over the arms; their step counter is shared, so that what
-depends on it (edits that are due, schedules) stays a branch and is not computed twice.
+Each arm has a run's folder of its own and leaves there what it would leave if it ran
+alone. While a batch of arms runs, its state is one checkpoint in the sweep's folder.
 """
 
-import time
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from gradlab import data, execution
-from gradlab.experiment import Pipeline, build, evaluator
-from gradlab.state import TrainState
-from gradlab.types import ConfigError, Metrics
-
-Arm = Mapping[str, float]
-# Every field of the state has one value per arm, but for the step.
-ARM_AXES = TrainState(None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
+from gradlab import _arm_program as arm_program
+from gradlab import config as configs
+from gradlab import runfolder, stages
+from gradlab._arm_batch import Arm as Arm
+from gradlab._arm_batch import Batch, Progress, floats
+from gradlab._arm_program import ArmProgram
+from gradlab.experiment import build
+from gradlab.sweeps import digest
+from gradlab.types import ConfigError
 
 
-class ArmResults(NamedTuple):
-  """What a set of arms gave; the first axis is always the arm.
+def program_key(config: Mapping[str, Any]) -> str:
+  """Equal for configs whose runs are one program: all but seeds and floats."""
+  traced = {f"stages.{s}.{p}" for s, paths in floats(config).items() for p in paths}
 
-  Attributes:
-    steps: [E] steps at which the curves were measured.
-    curves: split -> metric -> [arms, E]; "train" is the mean since the last point.
-    final: split -> metric -> [arms] at the end.
-    compile_seconds: until the first dispatch had ended.
-    seconds: of everything, compilation included.
-  """
+  def kept(value: Any, path: str) -> Any:
+    if path in traced or path == "seed":
+      return None
+    if isinstance(value, Mapping):
+      return {k: kept(v, f"{path}.{k}" if path else k) for k, v in value.items()}
+    return value
 
-  steps: np.ndarray
-  curves: dict[str, dict[str, np.ndarray]]
-  final: dict[str, dict[str, np.ndarray]]
-  compile_seconds: float
-  seconds: float
+  return json.dumps(runfolder.jsonable(kept(config, "")))
 
 
-def _columns(
-  pipeline: Pipeline, name: str, arms: Sequence[Arm]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """The arms' seeds and their hyperparameters, from overrides by config path."""
-  known = pipeline.programs[name].hyperparams
-  prefix = f"stages.{name}."
-  for arm in arms:
-    for path in arm:
-      if path != "seed" and path.removeprefix(prefix) not in known:
-        allowed = ", ".join(["seed", *(prefix + p for p in known)])
-        raise ConfigError(
-          f"{path}: arms of one program differ in seeds and float hyperparameters "
-          f"only; allowed: {allowed}."
-        )
-  seeds = [int(arm.get("seed", pipeline.config["seed"])) for arm in arms]
-  values = {
-    path: np.asarray([arm.get(prefix + path, default) for arm in arms], np.float32)
-    for path, default in known.items()
-  }
-  return np.asarray(seeds), values
+def obstacle(config: Mapping[str, Any]) -> str | None:
+  """The field that keeps an experiment's arms from being one program, and why."""
+  parallel = config["parallel"]
+  if parallel["mode"] != "jit":
+    return "parallel.mode: the arms of one program run under jit, not pmap"
+  if set(parallel["mesh"].values()) != {1} or parallel["rules"]:
+    return "parallel.mesh: the arms of one program take all devices for themselves"
+  if not isinstance(configs.build_data(config["data"]).train, Mapping):
+    return "data: the arms of one program need a training split in memory"
+  return None
 
 
-def run_arms(
-  config: Any,
+def run(
   arms: Sequence[Arm],
+  folder: Path,
   *,
-  progress: Callable[[int, int], None] = lambda step, steps: None,
-) -> ArmResults:
-  """Trains all arms of a one-stage experiment in one compiled program.
+  memory: int | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
+  progress: Progress = lambda stage, step, steps: None,
+) -> None:
+  """Runs arms of one ``program_key`` in as few batches as the devices' memory allows.
+
+  An arm that is finished or has failed is left alone; a batch that was broken off goes
+  on from its newest checkpoint.
 
   Args:
-    config: an experiment with one train stage and ``eval_every`` set; other kinds of
-      stages are not run.
-    arms: per arm, config path -> value; paths are "seed" and the float
-      hyperparameters of the train stage.
-    progress: called with (step, steps) after each dispatch.
-
-  Returns:
-    The arms' curves and their final numbers on the validation and the test split.
+    arms: the arms.
+    folder: where batches keep their state while they run.
+    memory: bytes that a device may use; None for what it has.
+    should_stop: asked between dispatches.
+    progress: called with (stage, step, steps) after each dispatch.
 
   Raises:
-    ConfigError: a path that cannot differ between the arms of one program, no arm, or
-      a config with another number of train stages.
+    ConfigError: a config, a folder or a checkpoint that cannot be used, or arms that
+      cannot be one program.
+    Interrupted: ``should_stop`` said so; the state is saved.
   """
-  begun = time.monotonic()
-  pipeline = build(config)
-  if len(pipeline.programs) != 1 or not arms:
-    raise ConfigError("arms: needs one train stage and at least one arm.")
-  name, program = next(iter(pipeline.programs.items()))
-  stage = pipeline.config["stages"][name]
-  seeds, values = _columns(pipeline, name, arms)
-  train = pipeline.dataset.train
-  inputs = execution.example_inputs(train)
-  arrays = {field: jnp.asarray(array) for field, array in train.items()}
-  count = data.num_examples(train)
-  step_arms = jax.vmap(program.step, in_axes=(ARM_AXES, 0), out_axes=(ARM_AXES, 0))
-  arms_program = program._replace(step=step_arms)
+  if len({program_key(arm.config) for arm in arms}) != 1:
+    raise ConfigError("arms of one program differ in seeds and floats only.")
+  waiting = {arm.name: arm for arm in arms if runfolder.status(arm.folder) == "open"}
+  if not waiting:
+    return
+  if reason := obstacle(arms[0].config):
+    raise ConfigError(f"{reason}.")
+  pipeline = build(arms[0].config)
+  stages.check(pipeline)
+  batches = [names for names in begun(folder) if waiting.keys() & set(names)]
+  new = [name for name in waiting if not any(name in batch for batch in batches)]
+  programs: dict[int, dict[str, ArmProgram]] = {}
+  if new:
+    limit = arm_program.device_memory() if memory is None else memory
+    size, programs_of_size = arm_program.fitting(pipeline, len(new), limit)
+    programs[size] = programs_of_size
+    batches += [tuple(new[at : at + size]) for at in range(0, len(new), size)]
+  for names in batches:
+    size = min((n for n in programs if n >= len(names)), default=0)
+    if not size:
+      size = arm_program.rounded(len(names))
+      programs[size] = {
+        name: arm_program.make(pipeline, name, size) for name in pipeline.programs
+      }
+    batch = Batch(pipeline, [waiting.get(name) for name in names], size)
+    state = folder / digest(names)[:12]
+    state.mkdir(parents=True, exist_ok=True)
+    runfolder.write_json(state / "arms.json", names)
+    batch.run(programs[size], state, should_stop, progress)
+    shutil.rmtree(state)
 
-  def init(seed: jax.Array, values: Mapping[str, jax.Array]) -> TrainState:
-    return program.init(jax.random.key(seed), inputs, hyperparams=values)
 
-  def run(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-    state, metrics = execution.scan_steps(arms_program, state, arrays, rows)
-    return state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
-
-  init_arms = jax.jit(jax.vmap(init, out_axes=ARM_AXES))
-  dispatch = jax.jit(run, donate_argnums=0)
-  measure = jax.jit(jax.vmap(evaluator(pipeline, name), in_axes=(0, 0, None)))
-
-  def means(state: TrainState, split: Any) -> dict[str, np.ndarray]:
-    return execution.evaluate_split(
-      lambda batch: measure(state.params, state.model_state, batch),
-      data.eval_batches(split, 256),
-    )
-
-  state = init_arms(seeds, values)
-  points: dict[str, list[Any]] = {"steps": [], "train": [], "validation": []}
-  every = stage["eval_every"] or stage["steps"]
-  compiled_at = 0.0
-  for start in range(0, stage["steps"], every):
-    stop = min(start + every, stage["steps"])
-    rows = np.stack(
-      [
-        data.index_block(seed, start, stop - start, count, stage["batch_size"])
-        for seed in seeds.tolist()
-      ],
-      axis=1,
-    )
-    state, metrics = dispatch(state, rows)
-    points["steps"].append(stop)
-    points["train"].append(jax.tree.map(np.asarray, metrics))
-    points["validation"].append(means(state, pipeline.dataset.validation))
-    compiled_at = compiled_at or time.monotonic()
-    progress(stop, stage["steps"])
-  curves = {
-    split: {
-      metric: np.stack([point[metric] for point in points[split]], axis=1)
-      for metric in points[split][0]
-    }
-    for split in ("train", "validation")
-  }
-  final = {
-    split: means(state, getattr(pipeline.dataset, split))
-    for split in ("validation", "test")
-  }
-  return ArmResults(
-    np.asarray(points["steps"]),
-    curves,
-    final,
-    compiled_at - begun,
-    time.monotonic() - begun,
-  )
+def begun(folder: Path) -> list[tuple[str, ...]]:
+  """The arms' names of each batch that was broken off and has a state to go on from."""
+  return [
+    tuple(json.loads(path.read_text()))
+    for path in sorted(folder.glob("*/arms.json"))
+    if any(path.parent.glob("checkpoints/*/*"))
+  ]
