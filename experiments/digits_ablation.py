@@ -1,17 +1,21 @@
 """Four update rules on the digits: each at three rates, five seeds.
 
-``python -m gradlab.launch.ablate --config=experiments/digits_ablation.py
---workdir=runs/demo`` (this is ``make demo``); under a minute on two cores.
+``python -m gradlab.launch.sweep --config=experiments/digits_ablation.py
+--workdir=runs/demo --sweep=rule,seed`` (this is ``make demo``); under a minute on two
+cores.
 """
 
 from ml_collections import ConfigDict
 
-METHODS = ("adamw", "adan", "diffgrad", "sinkgd")
-STEPS = 400
+from gradlab.sweeps import Arm, chain, choices, product, seeds
+
+RULES = ("adamw", "adan", "diffgrad", "sinkgd")
+# on a wider grid, with other seeds, all four did best within these
+RATES = (5e-3, 2e-2, 8e-2)
 
 
-def get_config(method: str = "adamw") -> ConfigDict:
-  """One rule on a two-layer MLP, at its middle rate."""
+def get_config() -> ConfigDict:
+  """AdamW on a two-layer MLP, at its middle rate."""
   return ConfigDict(
     {
       "seed": 0,
@@ -19,11 +23,12 @@ def get_config(method: str = "adamw") -> ConfigDict:
       "model": {"name": "mlp", "features": (128, 128)},
       "stages": {
         "train": {
-          "steps": STEPS,
+          "steps": 400,
           "batch_size": 128,
           "eval_every": 20,
+          "log_every": 20,
           "objective": {"name": "cross_entropy"},
-          "update": {method: {"learning_rate": 2e-2}},
+          "update": {"adamw": {"learning_rate": 2e-2}},
         },
         "test": {"kind": "evaluate", "objective": {"name": "cross_entropy"}},
       },
@@ -31,12 +36,20 @@ def get_config(method: str = "adamw") -> ConfigDict:
   )
 
 
-def sweep_learning_rate(method: str) -> list[dict[str, float]]:
-  """Three rates: on a wider grid, with other seeds, all four did best within them."""
-  path = f"stages.train.update.{method}.learning_rate"
-  return [{path: rate} for rate in (5e-3, 2e-2, 8e-2)]
+def sweep_rule() -> list[Arm]:
+  """Every rule at every rate; a rule's arms are one compiled program."""
+  update = "stages.train.update"
+  return chain(
+    *(
+      product(
+        choices(update, [{rule: {}}]),
+        choices(f"{update}.{rule}.learning_rate", RATES),
+      )
+      for rule in RULES
+    )
+  )
 
 
-def sweep_seed() -> list[dict[str, float]]:
+def sweep_seed() -> list[Arm]:
   """Five seeds of initialisation, noise and data order."""
-  return [{"seed": seed} for seed in range(5)]
+  return seeds(5)

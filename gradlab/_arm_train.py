@@ -209,14 +209,12 @@ def _saved_form(program: ArmProgram, count: int) -> TrainState:
 def _placed(state: TrainState, program: ArmProgram, size: int) -> TrainState:
   """A restored state on the devices, with all places filled."""
 
-  def filled(leaf: Any) -> Any:
-    missing = size - leaf.shape[0]
-    # an arm's place that only fills up the devices
-    rest = leaf[:1].repeat(missing, axis=0)
-    return leaf if not missing else jax.numpy.concatenate([leaf, rest])
-
+  count = state.key.shape[0]
+  order = np.where(np.arange(size) < count, np.arange(size), 0)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, program.target)
-  placed: TrainState = jax.device_put(_of_arms(filled, state), shardings)
+  placed: TrainState = jax.device_put(
+    _of_arms(lambda leaf: leaf[order], state), shardings
+  )
   return placed
 
 

@@ -1,4 +1,4 @@
-"""Runs ``python -m gradlab.launch.train`` as a user does: in a process of its own.
+"""Runs a program of ``gradlab.launch`` as a user does: in a process of its own.
 
 ``run`` starts a new Python. A ``Server`` forks the program from a process that has
 imported all of it and started none of it, which saves the seconds of the imports;
@@ -57,12 +57,14 @@ def variables(devices: int, keep: bool = True) -> dict[str, str]:
   }
 
 
-def run(*flags: str, devices: int = 1) -> Finished:
+def run(
+  *flags: str, devices: int = 1, program: str = PROGRAM, **environment: str
+) -> Finished:
   """Runs the program to its end in a new Python."""
   done = subprocess.run(
-    [sys.executable, "-m", PROGRAM, *flags],
+    [sys.executable, "-m", program, *flags],
     cwd=ROOT,
-    env={**os.environ, **variables(devices)},
+    env={**os.environ, **variables(devices), **environment},
     capture_output=True,
     text=True,
     timeout=300,
@@ -86,15 +88,17 @@ class Server:
       text=True,
     )
 
-  def start(self, *flags: str, devices: int = 1, keep: bool = True) -> "Running":
+  def start(
+    self, *flags: str, devices: int = 1, keep: bool = True, program: str = PROGRAM
+  ) -> "Running":
     self._count += 1
     out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
-    request = {"flags": flags, "out": str(out), "err": str(err)}
+    request = {"program": program, "flags": flags, "out": str(out), "err": str(err)}
     pid = self.ask({**request, "env": variables(devices, keep)})
     return Running(self, pid, out, err)
 
-  def run(self, *flags: str, devices: int = 1) -> Finished:
-    return self.start(*flags, devices=devices).finish()
+  def run(self, *flags: str, devices: int = 1, program: str = PROGRAM) -> Finished:
+    return self.start(*flags, devices=devices, program=program).finish()
 
   def ask(self, request: Mapping[str, Any]) -> int:
     assert self._process.stdin is not None
@@ -120,6 +124,10 @@ class Running:
   def wait(self, seconds: float) -> bool:
     """Whether the program ends within ``seconds``."""
     return bool(select.select([self._handle], [], [], seconds)[0])
+
+  @property
+  def pid(self) -> int:
+    return self._pid
 
   def signal(self, number: int) -> None:
     os.kill(self._pid, number)
@@ -150,15 +158,17 @@ def serve() -> None:
     print(answer, flush=True)
 
 
-def become(flags: list[str], env: Mapping[str, str], out: str, err: str) -> None:
+def become(
+  program: str, flags: list[str], env: Mapping[str, str], out: str, err: str
+) -> None:
   """Turns this process into the program, with its flags, variables and output."""
   for number, path in enumerate((os.devnull, out, err)):
     opened = os.open(path, os.O_RDWR | os.O_CREAT)
     os.dup2(opened, number)
     os.close(opened)
   os.environ.update(env)
-  sys.argv = [PROGRAM, *flags]
-  runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
+  sys.argv = [program, *flags]
+  runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
