@@ -5,13 +5,17 @@ WORKDIR ?= runs/demo
 WORKERS ?= auto
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench docs test-lowest clean
+.PHONY: demo test test-slurm lint bench docs test-lowest clean
 
 demo: $(VENV)/.demo
-	$(RUN) -m gradlab.launch.ablate --config=experiments/digits_ablation.py --workdir=$(WORKDIR)
+	$(RUN) -m gradlab.launch.sweep --config=experiments/digits_ablation.py --workdir=$(WORKDIR) --sweep=rule,seed
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -n $(WORKERS)
+
+# Starts a Slurm cluster of one node for its tests: apt-get install slurm-wlm munge
+test-slurm: $(VENV)/.test $(VENV)/.slurm
+	$(RUN) -m pytest tests/slurm
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

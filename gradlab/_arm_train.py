@@ -51,9 +51,9 @@ def run(
   """
   stage = batch.pipeline.config["stages"][name]
   state = program.init(batch.seeds, batch.values[name], _given(batch, artifacts))
-  before = {
-    i: a.params for i, a in artifacts.items()
-  } or _rows(jax.device_get(state.params), batch.live)
+  before = {i: a.params for i, a in artifacts.items()} or _rows(
+    jax.device_get(state.params), batch.live
+  )
   with contextlib.ExitStack() as opened:
     checkpoints = opened.enter_context(Checkpoints(folder / "checkpoints" / name))
     step = 0
@@ -61,9 +61,7 @@ def run(
       step, state = found[0], _placed(found[1], program, len(batch.seeds))
     writers = {
       i: opened.enter_context(
-        Writer(
-          arm.folder, start_step=first_step + step, log_every=stage["log_every"]
-        )
+        Writer(arm.folder, start_step=first_step + step, log_every=stage["log_every"])
       )
       for i, arm in batch.live.items()
     }
@@ -178,7 +176,11 @@ def _given(batch: "Batch", artifacts: Mapping[int, Artifacts]) -> dict[str, PyTr
 
 
 def _rows(tree: PyTree, places: Any) -> dict[int, PyTree]:
-  return {i: jax.tree.map(lambda leaf: leaf[i, ...], tree) for i in places}
+  return {i: _row(tree, i) for i in places}
+
+
+def _row(tree: PyTree, place: int) -> PyTree:
+  return jax.tree.map(lambda leaf: leaf[place, ...], tree)
 
 
 def _of_arms(fn: Callable[[Any], Any], state: TrainState) -> TrainState:
@@ -202,8 +204,8 @@ def _saved_form(program: ArmProgram, count: int) -> TrainState:
       return jax.ShapeDtypeStruct(shape, leaf.dtype)
     return np.empty(shape, leaf.dtype)
 
-  found = _of_arms(form, program.target)
-  return found._replace(step=np.empty((), np.int32))
+  step: Any = jax.ShapeDtypeStruct((), np.int32)
+  return _of_arms(form, program.target)._replace(step=step)
 
 
 def _placed(state: TrainState, program: ArmProgram, size: int) -> TrainState:
@@ -233,8 +235,8 @@ def _results(
   out = {}
   for i, arm in batch.live.items():
     own = state._replace(
-      **{n: jax.tree.map(lambda leaf: leaf[i, ...], tree) for n, tree in host.items()},
-      step=np.asarray(step, np.int32),
+      **{n: _row(tree, i) for n, tree in host.items()},
+      step=jnp.asarray(step, jnp.int32),
       key=state.key[i],
     )
     with Checkpoints(arm.folder / "checkpoints" / name) as checkpoints:

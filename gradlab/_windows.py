@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradlab.runfolder import write_json
 
-# split -> (step, metrics) of every step in its window
-Windows = dict[str, list[tuple[int, dict[str, float]]]]
+# split -> its window's pieces: the last step, and name -> the values of the steps
+Windows = dict[str, list[tuple[int, dict[str, np.ndarray]]]]
 _NAME = "metrics_open.json"
 # More than the checkpoints that a run may go back to.
 _MOST_KEPT = 8
@@ -29,8 +31,11 @@ def load(folder: Path, step: int) -> Windows:
   """The windows that were open after ``step``, as they were."""
   return {
     # JSON holds what is not finite as a string
-    split: [(at, {name: float(v) for name, v in row.items()}) for at, row in rows]
-    for split, rows in _read(folder).get(str(step), {}).items()
+    split: [
+      (last, {name: np.array([*map(float, values)]) for name, values in piece.items()})
+      for last, piece in pieces
+    ]
+    for split, pieces in _read(folder).get(str(step), {}).items()
   }
 
 

@@ -1,25 +1,32 @@
 """Asynchronous checkpoints of a whole train state, restored bit for bit.
 
-Each checkpoint is a folder named after its step. Orbax writes the arrays; when its
-commit is done, a manifest of the files is added, and the checkpoint is complete.
+Each checkpoint is a folder named after its step. The small leaves are one file, the
+large ones are Orbax's; when all is written, a manifest of the files is added, and the
+checkpoint is complete.
 """
 
+import contextlib
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from gradlab import _leaves, _manifest
+from gradlab._disk import check_room, naming
+from gradlab._orbax import Arrays
+from gradlab._processes import by_the_first
 from gradlab.types import ConfigError, PyTree
 
-_NAME = re.compile(r"(\d+)(\.replaced|\.orbax-checkpoint-tmp.*)?")
+_NAME = re.compile(r"(\d+)(\.replaced)?")
+_SMALL, _LARGE = "small.msgpack", "large"
 _NONE, _DAMAGED = -1, -2
 
 
@@ -45,7 +52,7 @@ class Checkpoints:
       raise ValueError(f"max_to_keep must be at least 1, got {max_to_keep}.")
     self._folder = Path(folder).absolute()
     self._max_to_keep = max_to_keep
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    self._arrays: Arrays | None = None
     self._executor = ThreadPoolExecutor(1, "checkpoint")
     self._pending: Future[None] | None = None
     self._checked: tuple[Path | None] | None = None
@@ -61,19 +68,26 @@ class Checkpoints:
 
     Raises:
       ValueError: a leaf that is not an array.
+      OSError: the disk could not be written; earlier checkpoints are as they were.
     """
     self.wait()
     self._checked = None
     leaves = _leaves.named(state)
-    target = self._folder / str(int(step))
-    if jax.process_index() == 0:
-      self._make_way(target)
-    # Orbax copies device memory before it returns. On CPU it reads the buffer itself,
-    # which XLA keeps as it is, donated or not, for as long as Orbax refers to it.
     arrays = {name: _leaves.stored(leaf) for name, leaf in leaves.items() if leaf.size}
-    self._checkpointer.save(target, args=ocp.args.StandardSave(arrays))
+    small, large = _leaves.split(arrays)
     described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
-    self._pending = self._executor.submit(self._finish, target, described)
+    target = self._folder / str(int(step))
+    packed = b""
+    if jax.process_index() == 0:
+      packed = _leaves.pack(small)
+    needed = sum(array.nbytes for array in large.values())
+    by_the_first(lambda: self._make_way(target, needed))
+    with _undone_if_it_fails(target):
+      if large:
+        self._orbax().save(target / _LARGE, large)
+    self._pending = self._executor.submit(
+      self._finish, target, described, packed, bool(large)
+    )
 
   def steps(self) -> list[int]:
     """The steps with a complete checkpoint, ascending."""
@@ -116,8 +130,14 @@ class Checkpoints:
     if folder is None:
       return None
     leaves = _check(folder, target)
-    forms = {n: _leaves.stored_form(leaf) for n, leaf in leaves.items() if leaf.size}
-    arrays = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(forms))
+    arrays: dict[str, Any] = _leaves.unpack((folder / _SMALL).read_bytes())
+    large = {
+      name: _leaves.stored_form(leaf)
+      for name, leaf in leaves.items()
+      if leaf.size and name not in arrays
+    }
+    if large:
+      arrays.update(self._orbax().restore(folder / _LARGE, large))
     state = [_leaves.restored(leaf, arrays.get(name)) for name, leaf in leaves.items()]
     return int(folder.stem), jax.tree.unflatten(jax.tree.structure(target), state)
 
@@ -131,7 +151,11 @@ class Checkpoints:
           _manifest.remove(path)
 
   def wait(self) -> None:
-    """Waits for the save in progress and raises what went wrong in it."""
+    """Waits for the save in progress and raises what went wrong in it.
+
+    Raises:
+      OSError: the disk could not be written; earlier checkpoints are as they were.
+    """
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
@@ -142,7 +166,8 @@ class Checkpoints:
       self.wait()
     finally:
       self._executor.shutdown()
-      self._checkpointer.close()
+      if self._arrays is not None:
+        self._arrays.close()
 
   def __enter__(self) -> Self:
     return self
@@ -150,11 +175,19 @@ class Checkpoints:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _make_way(self, target: Path) -> None:
+  def _orbax(self) -> Arrays:
+    self._arrays = self._arrays or Arrays()
+    return self._arrays
+
+  def _make_way(self, target: Path, needed: int) -> None:
+    """Makes the folder of a new checkpoint, and removes what was left unfinished."""
     self._folder.mkdir(parents=True, exist_ok=True)
     for _, path in self._folders():
       if not _manifest.exists(path):
         _manifest.remove(path)
+    # A write of Orbax that breaks off would leave others going on behind its back.
+    with naming(target):
+      check_room(self._folder, needed)
     if target.exists():
       # It may be the only good one: it stays until the new one is complete.
       replaced = target.with_suffix(".replaced")
@@ -162,12 +195,21 @@ class Checkpoints:
         _manifest.remove(target)
       else:
         target.rename(replaced)
+    with naming(target):
+      target.mkdir()
 
-  def _finish(self, target: Path, leaves: dict[str, str]) -> None:
-    self._checkpointer.wait_until_finished()
-    if jax.process_index() != 0:
-      return
-    _manifest.write(target, leaves)
+  def _finish(
+    self, target: Path, leaves: dict[str, str], packed: bytes, has_large: bool
+  ) -> None:
+    """Writes what is left to write, and removes the checkpoints that are too many."""
+    with _undone_if_it_fails(target):
+      if has_large:
+        self._orbax().wait(target / _LARGE)
+      if jax.process_index() != 0:
+        return
+      with naming(target / _SMALL):
+        (target / _SMALL).write_bytes(packed)
+      _manifest.write(target, leaves)
     # Later steps belong to a time line that was left; they must not push this one out.
     past = [step for step in self.steps() if step <= int(target.name)]
     kept = {str(step) for step in past[-self._max_to_keep :]}
@@ -220,3 +262,13 @@ def _check(folder: Path, target: PyTree) -> dict[str, Any]:
   described = {name: _leaves.describe(leaf) for name, leaf in leaves.items()}
   _manifest.check_leaves(folder, described)
   return leaves
+
+
+@contextlib.contextmanager
+def _undone_if_it_fails(target: Path) -> Iterator[None]:
+  """Frees the room of a checkpoint that cannot be finished."""
+  with contextlib.ExitStack() as failed:
+    if jax.process_index() == 0:
+      failed.callback(shutil.rmtree, target, ignore_errors=True)
+    yield
+    failed.pop_all()

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from gradlab import data, schema, sharding
+from gradlab import _layouts, data
 from gradlab.gradients import loss_function
 from gradlab.state import TrainState
 from gradlab.step import Program
@@ -53,21 +52,6 @@ def scan_steps(
   return lax.scan(body, state, rows)
 
 
-def _check_batch(batch_size: int, parts: int, what: str, path: str) -> None:
-  if batch_size % parts:
-    raise ConfigError(
-      f"{path}.batch_size: {batch_size} is not divisible by {what} ({parts})."
-    )
-
-
-def _check_data(split: Any, batch_size: int, path: str) -> None:
-  count = data.num_examples(split)
-  if count < batch_size:
-    raise ConfigError(
-      f"{path}.batch_size: {batch_size} is more than the {count} training examples."
-    )
-
-
 def compile_stage(
   program: Program,
   train: Any,
@@ -91,9 +75,36 @@ def compile_stage(
     ConfigError: a batch or a mesh that does not divide, too few examples, or rules
       that do not fit.
   """
-  _check_data(train, batch_size, path)
-  build = _compile_pmap if parallel["mode"] == "pmap" else _compile_jit
-  return build(program, train, seed, batch_size, parallel, path)
+  count = data.num_examples(train)
+  if count < batch_size:
+    raise ConfigError(
+      f"{path}.batch_size: {batch_size} is more than the {count} training examples."
+    )
+  start = functools.partial(program.init, jax.random.key(seed), example_inputs(train))
+  layout_of = _layouts.MODES[parallel["mode"]]
+  layout = layout_of(program, start, batch_size, parallel, path)
+  inputs: Callable[[int, int], Any]
+  if isinstance(train, Mapping):
+    arrays = layout.held({name: np.asarray(array) for name, array in train.items()})
+    held = program._replace(step=layout.step)
+    run = layout.compiled(lambda state, given: scan_steps(held, state, *given))
+
+    def inputs(start: int, num_steps: int) -> Any:
+      rows = data.index_block(seed, start, num_steps, count, batch_size)
+      return arrays, layout.rows(rows)
+  else:
+    read = _reader(train, seed, batch_size, layout.part)
+    run = layout.compiled(lambda state, given: lax.scan(layout.step, state, given))
+
+    def inputs(start: int, num_steps: int) -> Any:
+      fields = read(start, num_steps)
+      return {name: layout.batches(values) for name, values in fields.items()}
+
+  def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
+    state, metrics = run(state, inputs(start, num_steps))
+    return state, layout.metrics(metrics)
+
+  return Execution(layout.init, dispatch, layout.target, layout.place, layout.local)
 
 
 def example_inputs(split: Any) -> jax.Array:
@@ -101,87 +112,13 @@ def example_inputs(split: Any) -> jax.Array:
   return jnp.asarray(data.take(split, np.arange(1))["inputs"])
 
 
-def _compile_jit(
-  program: Program,
-  train: Any,
-  seed: int,
-  batch_size: int,
-  parallel: Mapping[str, Any],
-  path: str,
-) -> Execution:
-  with_rest = -1 in parallel["mesh"].values()
-  needed = int(np.prod(list(parallel["mesh"].values())))
-  devices = jax.devices() if with_rest else jax.devices()[:needed]
-  with schema.within("parallel.mesh"):
-    mesh = sharding.make_mesh(parallel["mesh"], devices)
-  _check_batch(
-    batch_size, mesh.shape.get(sharding.DATA_AXIS, 1), "the mesh's data axis", path
-  )
-  inputs = example_inputs(train)
-  start = functools.partial(program.init, jax.random.key(seed), inputs)
-  shapes = jax.eval_shape(start)
-  with schema.within("parallel.rules"):
-    specs = sharding.param_specs(shapes.params, parallel["rules"], mesh)
-  placed = sharding.named(mesh, sharding.state_specs(shapes, shapes.params, specs))
-  replicated = jax.sharding.NamedSharding(mesh, P())
-  spread = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh, leading=1))
-
-  def init(**given: Any) -> TrainState:
-    state: TrainState = jax.jit(start, out_shardings=placed)(**given)
-    return state
-
-  def spread_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    one = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
-    batch = {n: lax.with_sharding_constraint(x, one) for n, x in batch.items()}
-    return program.step(state, batch)
-
-  spread_program = program._replace(step=spread_step)
-  jitted = functools.partial(
-    jax.jit, donate_argnums=0, out_shardings=(placed, replicated)
-  )
-  dispatch: Dispatch
-  if isinstance(train, Mapping):
-    arrays = {n: jax.device_put(np.asarray(a), replicated) for n, a in train.items()}
-    run_rows = jitted(functools.partial(scan_steps, spread_program))
-    count = data.num_examples(train)
-
-    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
-      return run_rows(
-        state, arrays, data.index_block(seed, start, num_steps, count, batch_size)
-      )
-  else:
-    read = _reader(train, seed, batch_size)
-    run_batches = jitted(lambda state, b: lax.scan(spread_program.step, state, b))
-
-    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
-      batches = {
-        name: jax.make_array_from_process_local_data(spread, values)
-        for name, values in read(start, num_steps).items()
-      }
-      return run_batches(state, batches)
-
-  target = jax.tree.map(
-    lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed
-  )
-  return Execution(
-    init,
-    dispatch,
-    target,
-    lambda state: jax.device_put(state, placed),
-    lambda state: state,
-  )
-
-
 def _reader(
-  train: Any, seed: int, batch_size: int
+  train: Any, seed: int, batch_size: int, part: tuple[int, int]
 ) -> Callable[[int, int], dict[str, np.ndarray]]:
   """Reads this process's rows of several steps, prefetched while the device works."""
+  index, count = part
   ds = data.batches(
-    train,
-    batch_size=batch_size,
-    seed=seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    train, batch_size=batch_size, seed=seed, process_index=index, process_count=count
   )
   position: list[Any] = [-1, None]
 
@@ -193,70 +130,6 @@ def _reader(
     return {n: np.stack([batch[n] for batch in batches]) for n in batches[0]}
 
   return read
-
-
-def _compile_pmap(
-  program: Program,
-  train: Any,
-  seed: int,
-  batch_size: int,
-  parallel: Mapping[str, Any],
-  path: str,
-) -> Execution:
-  axis = sharding.DATA_AXIS
-  if tuple(parallel["mesh"]) != (axis,) or parallel["rules"]:
-    raise ConfigError(
-      "parallel: mode 'pmap' replicates the parameters over the one mesh axis 'data' "
-      f"and takes no rules, got mesh {dict(parallel['mesh'])} and "
-      f"{len(parallel['rules'])} rules."
-    )
-  size = parallel["mesh"][axis]
-  local = jax.local_device_count() if size == -1 else size // jax.process_count()
-  total = local * jax.process_count()
-  if size not in (-1, total) or not 1 <= local <= jax.local_device_count():
-    raise ConfigError(
-      f"parallel.mesh: {size} replicas do not fit {jax.device_count()} devices of "
-      f"{jax.process_count()} process(es)."
-    )
-  _check_batch(batch_size, total, "the number of replicas", path)
-  inputs = example_inputs(train)
-  start = functools.partial(program.init, jax.random.key(seed), inputs)
-  first = jax.process_index() * local
-  devices = jax.local_devices()[:local] if jax.process_count() == 1 else None
-  pmapped = functools.partial(
-    jax.pmap, axis_name=axis, donate_argnums=0, devices=devices
-  )
-
-  def place(state: TrainState) -> PyTree:
-    return sharding.replicate(state, local)
-
-  def init(**given: Any) -> PyTree:
-    return place(jax.jit(start)(**given))
-
-  dispatch: Dispatch
-  if isinstance(train, Mapping):
-    arrays = sharding.replicate({n: np.asarray(a) for n, a in train.items()}, local)
-    run_rows = pmapped(functools.partial(scan_steps, program))
-    count = data.num_examples(train)
-
-    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
-      rows = data.index_block(seed, start, num_steps, count, batch_size)
-      rows = rows.reshape(num_steps, total, -1).swapaxes(0, 1)
-      state, metrics = run_rows(state, arrays, rows[first : first + local])
-      return state, sharding.unreplicate(metrics)
-  else:
-    read = _reader(train, seed, batch_size)
-    run_batches = pmapped(lambda state, b: lax.scan(program.step, state, b))
-
-    def dispatch(state: PyTree, start: int, num_steps: int) -> Any:
-      batches = {
-        name: values.reshape(num_steps, local, -1, *values.shape[2:]).swapaxes(0, 1)
-        for name, values in read(start, num_steps).items()
-      }
-      state, metrics = run_batches(state, batches)
-      return state, sharding.unreplicate(metrics)
-
-  return Execution(init, dispatch, jax.eval_shape(start), place, sharding.unreplicate)
 
 
 def make_evaluate(

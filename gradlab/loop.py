@@ -216,8 +216,7 @@ class _Run:
   def _replay(self, bad: int) -> int:
     """Saves the newest finite state before step ``bad``, by running up to it again."""
     self._checkpoints.delete_after(max(bad - 1, 0))
-    at = [step for step in self._checkpoints.steps() if step < bad]
-    found = self._checkpoints.restore(self._compiled.target) if at else None
+    found = self._checkpoints.restore(self._compiled.target)
     if found is None:
       step, state = 0, self._compiled.init(**self._given)
     else:

@@ -1,13 +1,15 @@
-"""Metrics of a run: JSON lines and TensorBoard events that survive a kill.
+"""Metrics of a run: JSON lines, a table and TensorBoard events that survive a kill.
 
 ``metrics.jsonl`` holds one object per record, ``{"step": 20, "split": "train",
 "loss": 0.31}``. JSON has no NaN, so a number that is not finite is written as the
-string "nan", "inf" or "-inf"; ``read`` turns it back.
+string "nan", "inf" or "-inf"; ``read`` turns it back. ``metrics.csv`` has the same
+records, one a row, for pandas and spreadsheets.
 """
 
+import contextlib
+import itertools
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +18,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from gradlab import _windows
+from gradlab import _append, _windows
+from gradlab._events import Events
+from gradlab._table import Table
 from gradlab.runfolder import jsonable, write_atomic
 
 HostMetrics = dict[str, np.ndarray]
@@ -25,12 +29,13 @@ _RESERVED = ("step", "split")
 
 
 class Writer:
-  """Appends records to ``metrics.jsonl`` and to TensorBoard events of a folder.
+  """Appends records to a folder's ``metrics.jsonl``, ``metrics.csv`` and events.
 
   Opening drops what an interrupted run wrote after ``start_step``, and a torn last
-  line. Windows of ``log_every`` steps end at its multiples. A run that resumes at a
-  multiple, or where ``keep`` was called, writes the records that it would have
-  written without the break. Under ``jax.distributed`` only process 0 writes.
+  line; a ``metrics.csv`` that does not agree is made again. Windows of ``log_every``
+  steps end at its multiples. A run that resumes at a multiple, or where ``keep`` was
+  called, writes the records that it would have written without the break. Under
+  ``jax.distributed`` only process 0 writes.
   """
 
   def __init__(
@@ -51,22 +56,29 @@ class Writer:
 
     Raises:
       ValueError: ``log_every`` below 1.
+      OSError: the folder cannot be written.
     """
     if log_every < 1:
       raise ValueError(f"log_every must be at least 1, got {log_every}.")
     self._log_every = log_every
     self._window: _windows.Windows = {}
-    self._file: int | None = None
-    self._events: Any = None
+    self._open = contextlib.ExitStack()
+    self._file: _append.File | None = None
+    self._events: Events | None = None
     if jax.process_index() != 0:
       return
     path = Path(folder) / "metrics.jsonl"
-    _truncate(path, start_step)
+    records = _truncate(path, start_step)
     self._folder = path.parent
     self._window = _windows.load(self._folder, start_step)
-    self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    if tensorboard:
-      self._events = _event_writer(folder, start_step)
+    with contextlib.ExitStack() as opened:
+      self._file = opened.enter_context(contextlib.closing(_append.File(path)))
+      table = Table(path.with_suffix(".csv"), records)
+      self._table = opened.enter_context(contextlib.closing(table))
+      if tensorboard:
+        events = Events(self._folder, start_step)
+        self._events = opened.enter_context(contextlib.closing(events))
+      self._open = opened.pop_all()
 
   def write(self, step: int, values: Mapping[str, Any], split: str) -> None:
     """Writes one record now.
@@ -78,6 +90,7 @@ class Writer:
 
     Raises:
       ValueError: a name that is reserved, or a value that is not one number.
+      OSError: the disk did not take it; the records before are whole.
     """
     record: dict[str, Any] = {"step": int(step), "split": split}
     for name, value in values.items():
@@ -88,13 +101,11 @@ class Writer:
       record[name] = np.asarray(value).item()
     if self._file is None:
       return
-    line = json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
-    # One write per line: a kill between writes leaves whole lines only.
-    if os.write(self._file, line) != len(line):
-      raise OSError(f"metrics.jsonl took only a part of the record of step {step}.")
+    line = json.dumps(jsonable(record), allow_nan=False)
+    self._file.write(line.encode() + b"\n")
+    self._table.write(record)
     if self._events is not None:
-      for name in values:
-        self._events.add_scalar(f"{split}/{name}", float(record[name]), int(step))
+      self._events.write(int(step), split, {name: record[name] for name in values})
 
   def log(
     self, steps: Sequence[int], metrics: Mapping[str, Any], split: str = "train"
@@ -109,12 +120,13 @@ class Writer:
     Raises:
       ValueError: an array that is not [n].
     """
-    # Python's floats: every step of a small model passes here.
-    columns = {n: c.tolist() for n, c in _columns(steps, metrics).items()}
+    columns = _columns(steps, metrics)
     window = self._window.setdefault(split, [])
-    for row, step in enumerate(steps):
-      window.append((int(step), {name: c[row] for name, c in columns.items()}))
-      if step % self._log_every == 0:
+    ends = [row for row, step in enumerate(steps, 1) if step % self._log_every == 0]
+    for start, end in itertools.pairwise(dict.fromkeys([0, *ends, len(steps)])):
+      piece = {name: column[start:end] for name, column in columns.items()}
+      window.append((int(steps[end - 1]), piece))
+      if steps[end - 1] % self._log_every == 0:
         self._write_window(split)
 
   def keep(self, step: int) -> None:
@@ -123,21 +135,14 @@ class Writer:
       _windows.keep(self._folder, step, self._window)
 
   def flush(self) -> None:
-    """Writes the last windows, which may be shorter, and flushes the events."""
+    """Writes the last windows, which may be shorter."""
     for split in self._window:
       self._write_window(split)
-    if self._events is not None:
-      self._events.flush()
 
   def close(self) -> None:
-    """Flushes and closes; writing afterwards is an error."""
-    self.flush()
-    if self._events is not None:
-      self._events.close()
-      self._events = None
-    if self._file is not None:
-      os.close(self._file)
-      self._file = None
+    """Writes the last windows and closes; writing afterwards is an error."""
+    with self._open:
+      self.flush()
 
   def __enter__(self) -> Self:
     return self
@@ -152,8 +157,11 @@ class Writer:
     window = self._window[split]
     if not window:
       return
-    names = list(dict.fromkeys(name for _, row in window for name in row))
-    means = {n: np.mean([row[n] for _, row in window if n in row]) for n in names}
+    names = dict.fromkeys(name for _, piece in window for name in piece)
+    means = {
+      name: np.mean(np.concatenate([p[name] for _, p in window if name in p]))
+      for name in names
+    }
     self.write(window[-1][0], means, split)
     window.clear()
 
@@ -254,15 +262,16 @@ def _records(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
   return records
 
 
-def _truncate(path: Path, start_step: int) -> None:
+def _truncate(path: Path, start_step: int) -> list[dict[str, Any]]:
+  """Drops the records after ``start_step``; returns the others."""
   if not path.exists():
-    return
+    return []
   data = path.read_bytes()
-  kept = b"".join(
-    line + b"\n" for line, record in _records(data) if record["step"] <= start_step
-  )
-  if kept != data:
-    write_atomic(path, kept)
+  kept = [item for item in _records(data) if item[1]["step"] <= start_step]
+  text = b"".join(line + b"\n" for line, _ in kept)
+  if text != data:
+    write_atomic(path, text)
+  return [record for _, record in kept]
 
 
 def _columns(steps: Sequence[int], metrics: Mapping[str, Any]) -> HostMetrics:
@@ -274,16 +283,3 @@ def _columns(steps: Sequence[int], metrics: Mapping[str, Any]) -> HostMetrics:
         f"got shape {column.shape}."
       )
   return columns
-
-
-def _event_writer(folder: str | os.PathLike[str], start_step: int) -> Any:
-  from tensorboardX import SummaryWriter, x2num
-
-  # It would warn of every number that is not finite; the loop says so once.
-  x2num.logger.disabled = True
-  # The default name has whole seconds only; a quick restart would overwrite the file.
-  return SummaryWriter(
-    os.fspath(folder),
-    purge_step=start_step + 1,
-    filename_suffix=f".{time.time_ns()}",
-  )

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from gradlab import execution, experiment, loop, runfolder, stages
+from gradlab._processes import by_the_first
 from gradlab.checkpoint import Checkpoints
 from gradlab.experiment import Pipeline as Pipeline
 from gradlab.experiment import evaluator
@@ -72,7 +73,7 @@ def run(
     if stage["kind"] == "train"
   }
   folder = pathlib.Path(workdir)
-  runfolder.check_run(folder, pipeline.config, resume=resume)
+  by_the_first(lambda: runfolder.check_run(folder, pipeline.config, resume=resume))
   with contextlib.ExitStack() as opened:
     checkpoints = {
       name: opened.enter_context(Checkpoints(folder / "checkpoints" / name))
@@ -80,7 +81,9 @@ def run(
     }
     for name, found in checkpoints.items():
       found.check(compiled[name].target)
-    runfolder.open_run(folder, pipeline.config, overrides, resume=resume)
+    by_the_first(
+      lambda: runfolder.open_run(folder, pipeline.config, overrides, resume=resume)
+    )
     result = _run(pipeline, compiled, checkpoints, folder, should_stop, progress)
   runfolder.write_result(folder, result)
   return result

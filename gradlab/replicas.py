@@ -12,13 +12,15 @@ from jax.sharding import PartitionSpec as P
 from gradlab.types import Params, PyTree
 
 REPLICA_AXIS = "replica"
+PROCESS_AXIS = "process"
 
 
 def replicate(tree: PyTree, n: int) -> PyTree:
   """A copy of every leaf on each of the first ``n`` local devices, for ``jax.pmap``.
 
   Args:
-    tree: arrays, typed keys included.
+    tree: arrays, typed keys included; ones that all processes share are taken from
+      this process's copy.
     n: number of devices, at most ``jax.local_device_count()``.
 
   Returns:
@@ -41,6 +43,8 @@ def replicate(tree: PyTree, n: int) -> PyTree:
 
   def copies(leaf: jax.typing.ArrayLike) -> jax.Array:
     # One transfer per device: n copies need never fit on one of them.
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      leaf = leaf.addressable_data(0)
     one = jnp.asarray(leaf)[None]
     return jax.make_array_from_single_device_arrays(
       (n, *one.shape[1:]), placement, [jax.device_put(one, d) for d in devices[:n]]
@@ -52,6 +56,31 @@ def replicate(tree: PyTree, n: int) -> PyTree:
 def unreplicate(tree: PyTree) -> PyTree:
   """The first replica of every leaf: the inverse of :func:`replicate`."""
   return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def shared_sharding() -> NamedSharding:
+  """Replicated over the first device of each process: what all processes hold."""
+  processes = range(jax.process_count())
+  devices = [jax.local_devices(process_index=i)[0] for i in processes]
+  return NamedSharding(Mesh(np.asarray(devices), (PROCESS_AXIS,)), P())
+
+
+def share(tree: PyTree) -> PyTree:
+  """``unreplicate`` to :func:`shared_sharding`: arrays that a checkpoint can hold.
+
+  Args:
+    tree: of :func:`replicate` or ``jax.pmap``; every replica of all processes equal.
+
+  Returns:
+    The tree without its leading axis; nothing is communicated.
+  """
+  shared = shared_sharding()
+
+  def one(leaf: jax.Array) -> jax.Array:
+    first = leaf.addressable_data(0)[0]
+    return jax.make_array_from_single_device_arrays(first.shape, shared, [first])
+
+  return jax.tree.map(one, tree)
 
 
 def sync(params: Params, axis_name: str) -> Params:

@@ -1,24 +1,27 @@
 """The folder of one run: what was asked for, where it ran, and what came out."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 import gradlab
+from gradlab._disk import write_atomic as write_atomic
 from gradlab.types import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -72,23 +75,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
   Raises:
     ConfigError: a value that JSON cannot hold.
-    OSError: the folder is missing or cannot be written.
+    OSError: the folder is missing or cannot be written; it names ``path``.
   """
   write_atomic(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_atomic(path: str | os.PathLike[str], text: str | bytes) -> None:
-  """Replaces the file's content in one step that survives a kill at any moment."""
-  data = text.encode() if isinstance(text, str) else text
-  temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-  try:
-    with temporary.open("wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def open_run(
@@ -128,6 +117,7 @@ def open_run(
   config = jsonable(config_dict)
   if "parallel" in config:
     now["parallel"] = config["parallel"]
+  there = folder.exists()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if known is None:
@@ -137,6 +127,8 @@ def open_run(
     write_json(folder / "environment.json", now)
     write_atomic(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))
   except OSError as error:
+    if not there:
+      shutil.rmtree(folder, ignore_errors=True)
     raise ConfigError(
       f"cannot write the run folder {folder}: {error.strerror or error}."
     ) from error
@@ -170,6 +162,21 @@ def write_result(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> N
     write_json(Path(folder) / "result.json", result)
 
 
+def write_error(folder: str | os.PathLike[str], error: Exception | str) -> None:
+  """Writes ``error.json`` atomically; its presence says that the run has failed."""
+  named = isinstance(error, Exception)
+  said = " ".join(str(error).split())
+  kind = type(error).__name__ if named else "Lost"
+  write_json(Path(folder) / "error.json", {"error": said, "type": kind})
+
+
+def status(folder: str | os.PathLike[str]) -> Literal["finished", "failed", "open"]:
+  """Whether a run is done, has failed, or is to be started or gone on with."""
+  if (Path(folder) / "result.json").exists():
+    return "finished"
+  return "failed" if (Path(folder) / "error.json").exists() else "open"
+
+
 def environment() -> dict[str, Any]:
   """Versions, commit, devices, host and command line of this process."""
   versions = {name: _version(name) for name in _PACKAGES}
@@ -180,11 +187,17 @@ def environment() -> dict[str, Any]:
     "platform": platform.platform(),
     "python": platform.python_version(),
     "versions": {"gradlab": gradlab.__version__, **versions},
-    "commit": git_commit(Path(gradlab.__file__).parent),
+    "commit": _own_commit(),
     "backend": jax.default_backend(),
     "processes": jax.process_count(),
     "devices": dict(Counter(device.device_kind for device in jax.devices())),
   }
+
+
+@functools.cache
+def _own_commit() -> str | None:
+  """Asked once: the arms of a sweep all write it."""
+  return git_commit(Path(gradlab.__file__).parent)
 
 
 def git_commit(folder: Path) -> str | None:

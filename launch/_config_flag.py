@@ -100,6 +100,12 @@ class _Parser(flags.ArgumentParser):  # type: ignore[type-arg]
     return "config object"
 
 
+def path() -> str:
+  """What ``--config`` was given."""
+  given: str = config_flags.get_config_filename(flags.FLAGS["config"])
+  return given
+
+
 def define_config() -> Any:
   """Defines ``--config`` and returns its holder; ``.value`` is the config."""
   holder = config_flags.DEFINE_config_file("config", None, "File with get_config().")

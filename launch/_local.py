@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Local:
     self._processes: list[tuple[BaseProcess, int]] = []
     self._context = multiprocessing.get_context("forkserver")
     # It imports and starts no backend, whose threads would not survive the fork.
-    self._context.set_forkserver_preload([_worker.__name__])
+    self._context.set_forkserver_preload(["gradlab.launch._preload"])
+    forkserver.ensure_running()
 
   def submit(self, jobs: Sequence[Job]) -> None:
     """Takes all jobs and starts the first ones."""

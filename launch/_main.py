@@ -3,9 +3,11 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
+from gradlab import _disk
 from gradlab.launch import _cache
 from gradlab.types import ConfigError, Interrupted, NonFiniteError
 
@@ -50,13 +52,18 @@ def _unknown_field(error: BaseException, argv: Sequence[str]) -> str:
   )
 
 
+def _fail(said: str) -> NoReturn:
+  print(f"error: {' '.join(said.split())}", file=sys.stderr)
+  sys.exit(2)
+
+
 def run(
   main: Callable[[Sequence[str]], None],
   *,
   required: Sequence[str] = (),
   arguments: int = 0,
 ) -> None:
-  """``absl.app.run``, with the user's errors as one line on stderr and exit code 2.
+  """``absl.app.run``; an error of the user or the disk is one line and exit code 2.
 
   Args:
     main: called with the arguments that are no flags, the program's name first.
@@ -68,8 +75,12 @@ def run(
   try:
     app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments))
   except (ConfigError, NonFiniteError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    _fail(str(error))
+  except OSError as error:
+    said = _disk.disk_error(error)
+    if said is None:
+      raise
+    _fail(said)
   except Interrupted as stopped:
     print(stopped)
     sys.exit(0)

@@ -159,7 +159,9 @@ class Board:
   def _time_left(self) -> float | None:
     """From the steps that this program has seen done, of all arms together."""
     open_arms = [
-      arm for arm in self._arms if self._lines[arm.name].status in ("running", "waiting")
+      arm
+      for arm in self._arms
+      if self._lines[arm.name].status in ("running", "waiting")
     ]
     done = sum(
       self._lines[name].step - at

@@ -1,7 +1,6 @@
 """A worker's process: set up, given one job, and gone with who started it."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -15,10 +14,6 @@ from absl import logging
 from gradlab.launch import _cache, _job
 from gradlab.launch._executors import Job
 from gradlab.types import Interrupted
-
-# What a job imports late; workers are forked from a process that has it already.
-for _name in ("flax.nnx", "sklearn.datasets", "tensorboardX"):
-  importlib.import_module(_name)
 
 
 def work(job: Job, log: Path, slot: int, slots: int) -> None:

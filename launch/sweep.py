@@ -1,4 +1,4 @@
-"""Runs a sweep: ``python -m gradlab.launch.sweep --config=FILE --workdir=DIR --sweep=NAMES``.
+"""Sweeps: ``python -m gradlab.launch.sweep --config=FILE --workdir=DIR --sweep=NAMES``.
 
 The config file defines the sweeps, ``def sweep_learning_rate(): ...``, with the
 functions of ``gradlab.sweeps``; ``--sweep=learning_rate,seed`` is their product. Arms
@@ -9,6 +9,7 @@ stopped, whatever was killed, and writes the report when all arms are over.
 
 import contextlib
 import fcntl
+import importlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from gradlab import runfolder
+from gradlab import pipeline, runfolder, schema
 from gradlab.arms import Arm
 from gradlab.launch import _config_flag, _main, _sweep_plan, report
 from gradlab.launch._executors import Executor, Job
@@ -35,9 +36,7 @@ SWEEP = flags.DEFINE_list("sweep", [], "Sweeps of the config file; their product
 EXECUTOR = flags.DEFINE_enum(
   "executor", "local", ["local", "slurm"], "What runs the jobs."
 )
-MAX_PARALLEL = flags.DEFINE_integer(
-  "max_parallel", 1, "Jobs at a time.", lower_bound=1
-)
+MAX_PARALLEL = flags.DEFINE_integer("max_parallel", 1, "Jobs at a time.", lower_bound=1)
 VMAP = flags.DEFINE_enum(
   "vmap", "auto", ["never", "auto", "always"], "Whether arms become one program."
 )
@@ -125,6 +124,11 @@ def follow(
       raise
 
 
+def _import_plots() -> None:
+  for name in ("matplotlib.backends.backend_agg", "plotly.offline"):
+    importlib.import_module(name)
+
+
 def _blame(job: Job, error: str | None, folders: dict[str, Path]) -> None:
   """Marks the arms that a job was lost with."""
   for name in job.arms:
@@ -139,13 +143,15 @@ def main(argv: Sequence[str]) -> None:
   # Devices are for the workers; what is checked here needs none.
   jax.config.update("jax_platforms", "cpu")
   console, folder = Console(highlight=False), Path(WORKDIR.value).absolute()
-  path = flags.FLAGS["config"].config_filename
+  path = _config_flag.path()
+  executor = _executor(folder)
   changes = _sweep_plan.overrides(path, SWEEP.value)
   given = [argument for argument in sys.argv if argument.startswith("--config.")]
   memory = None if MEMORY.value is None else int(MEMORY.value * 2**30)
   arms = _sweep_plan.make_arms(CONFIG.value, changes, folder, given)
   _sweep_plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
-  executor = _executor(folder)
+  with schema.within(f"arm {arms[0].name}"):
+    pipeline.build(arms[0].config)
   with locked(folder):
     if RETRY.value:
       for arm in arms:
@@ -160,6 +166,8 @@ def main(argv: Sequence[str]) -> None:
     }
     runfolder.write_json(folder / "sweep.json", described)
     jobs = _sweep_plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
+    # while the workers work, this process has time to import what draws
+    threading.Thread(target=_import_plots, daemon=True).start()
     lines = follow(jobs, arms, executor, console)
     written = report.write(folder)
   failed = [name for name, line in lines.items() if line.status == "failed"]

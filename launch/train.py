@@ -3,14 +3,13 @@
 Any field of the config can be set from the command line, for example
 ``--config.stages.train.update.adan.learning_rate=3e-3``. A run whose folder exists
 goes on where it stopped; SIGTERM saves a checkpoint and ends with exit code 0.
+``--distributed`` runs one experiment on many hosts; ``launch/README.md`` says how.
 """
 
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.progress import (
@@ -23,13 +22,10 @@ from rich.progress import (
 from rich.table import Column
 
 from gradlab import pipeline
-from gradlab.launch import _config_flag, _main
+from gradlab.launch import _config_flag, _distributed, _main
 
 CONFIG = _config_flag.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder.")
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Connect to the other hosts that run this command."
-)
 RESUME = flags.DEFINE_bool("resume", True, "Go on where a run in the folder stopped.")
 
 
@@ -57,11 +53,6 @@ def _overrides(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   """Runs the experiment and prints its numbers and its folder."""
   del argv
-  if DISTRIBUTED.value:
-    jax.distributed.initialize()
-  console = Console(highlight=False)
-  asked: list[int] = []
-  signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
   columns = (
     TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=8)),
     BarColumn(bar_width=20),
@@ -69,15 +60,17 @@ def main(argv: Sequence[str]) -> None:
     TimeRemainingColumn(),
     TextColumn("{task.fields[said]}"),
   )
-  with Progress(*columns, console=console) as progress:
-    result = pipeline.run(
-      CONFIG.value,
-      WORKDIR.value,
-      overrides=_overrides(sys.argv),
-      resume=RESUME.value,
-      should_stop=lambda: bool(asked),
-      progress=_Bar(progress),
-    )
+  with _distributed.Processes() as processes:
+    console = Console(highlight=False, quiet=not processes.first)
+    with Progress(*columns, console=console) as progress:
+      result = pipeline.run(
+        CONFIG.value,
+        WORKDIR.value,
+        overrides=_overrides(sys.argv),
+        resume=RESUME.value,
+        should_stop=processes.should_stop,
+        progress=_Bar(progress),
+      )
   for stage, metrics in result["metrics"].items():
     said = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
     console.print(f"{stage}: {said}")

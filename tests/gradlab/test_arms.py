@@ -148,7 +148,10 @@ def test_every_kind_of_stage_with_floats_of_its_own(tmp_path):
 
 def test_small_memory_makes_batches_that_give_the_same(tmp_path):
   settings = [config(seed, 1e-2) for seed in range(5)]
-  whole, parts = make_arms(tmp_path / "w", settings), make_arms(tmp_path / "p", settings)
+  whole, parts = (
+    make_arms(tmp_path / "w", settings),
+    make_arms(tmp_path / "p", settings),
+  )
   arms.run(whole, tmp_path / "w" / "batches")
   built = build(settings[0])
   needed = {size: make(built, "train", size).step_bytes(10) for size in (2, 5)}
@@ -175,7 +178,10 @@ class Stop:
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_batch_that_was_stopped_goes_on(tmp_path, after):
   settings = [many(0.0, 1e-2, 0.2, 0), many(0.3, 3e-3, 0.7, 1)]
-  whole, broken = make_arms(tmp_path / "w", settings), make_arms(tmp_path / "b", settings)
+  whole, broken = (
+    make_arms(tmp_path / "w", settings),
+    make_arms(tmp_path / "b", settings),
+  )
   arms.run(whole, tmp_path / "w" / "batches")
   batches = tmp_path / "b" / "batches"
   with pytest.raises(Interrupted):
@@ -205,7 +211,9 @@ def test_an_arm_that_diverges_fails_alone(tmp_path):
 
 
 def test_arms_that_go_on_in_spite_of_it(tmp_path):
-  found = make_arms(tmp_path, [config(0, r, on_nonfinite="continue") for r in (1e-2, 1e38)])
+  found = make_arms(
+    tmp_path, [config(0, r, on_nonfinite="continue") for r in (1e-2, 1e38)]
+  )
   arms.run(found, tmp_path / "batches")
   assert [status(arm.folder) for arm in found] == ["finished", "finished"]
   result = json.loads((found[1].folder / "result.json").read_text())

@@ -17,7 +17,7 @@ import optax
 import pytest
 from absl import logging
 
-from gradlab import _manifest
+from gradlab import _leaves, _manifest
 from gradlab.checkpoint import Checkpoints
 from gradlab.types import ConfigError
 
@@ -95,8 +95,15 @@ def warnings_logged(monkeypatch):
   return lines
 
 
+@pytest.fixture(params=[_leaves._LARGE, 0], ids=["one file", "orbax"])
+def large(request, monkeypatch):
+  """Bytes from which on a leaf is left to Orbax: none of a test's leaves, or all."""
+  monkeypatch.setattr(_leaves, "_LARGE", request.param)
+  return request.param
+
+
 @pytest.mark.parametrize("as_target", [abstract, lambda tree: tree])
-def test_whole_state_returns_bit_for_bit(tmp_path, as_target):
+def test_whole_state_returns_bit_for_bit(tmp_path, as_target, large):
   state = make_state()
   with Checkpoints(tmp_path / "deep" / "checkpoints") as checkpoints:
     assert checkpoints.restore(state) is None
@@ -136,12 +143,29 @@ def test_donating_right_after_save_does_not_reach_the_checkpoint(tmp_path):
 
 
 def test_host_arrays_may_change_right_after_save(tmp_path):
-  host = {"x": np.zeros(1 << 20)}
+  host = {"small": np.zeros(100), "large": np.zeros(1 << 20)}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, host)
-    host["x"][:] = 1
+    for value in host.values():
+      value[:] = 1
     _, restored = checkpoints.restore(host)
-  assert not restored["x"].any()
+  for value in restored.values():
+    assert not value.any()
+    # a state that was restored is one like any other
+    value += 1
+
+
+def test_restored_leaves_can_be_donated(tmp_path, large):
+  step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, small(1))
+    _, state = checkpoints.restore(small(0))
+    for _ in range(2):
+      state = step(state)
+    checkpoints.save(2, state)
+    for number, wanted in ((1, small(1)), (2, step(step(small(1))))):
+      _, restored = checkpoints.restore(small(0), step=number)
+      assert bits(restored) == bits(wanted)
 
 
 def test_save_returns_before_the_checkpoint_is_complete(tmp_path, monkeypatch):
@@ -219,13 +243,12 @@ def data_files(folder: Path) -> list[Path]:
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("two")
-  with Checkpoints(folder) as checkpoints:
+@pytest.fixture
+def two_steps(tmp_path, large):
+  with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, small(step))
-  return folder
+  return tmp_path
 
 
 def truncate(path: Path) -> None:
@@ -264,10 +287,10 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path, warnings_logged):
     for step in (1, 2):
       checkpoints.save(step, small(step))
     checkpoints.wait()
-    flip(tmp_path / "2" / "manifest.ocdbt")
+    flip(tmp_path / "2" / "small.msgpack")
     with pytest.raises(ConfigError, match=r"^every checkpoint of step 2 in .*damaged"):
       checkpoints.restore(small(0), step=2)
-    (tmp_path / "1" / "manifest.ocdbt").unlink()
+    (tmp_path / "1" / "small.msgpack").unlink()
     with pytest.raises(ConfigError, match=r"^every checkpoint in .* is damaged"):
       checkpoints.restore(small(0))
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7, only \[1, 2\]"):
@@ -281,7 +304,7 @@ def test_unfinished_saves_are_passed_over_and_cleaned_up(tmp_path, warnings_logg
       checkpoints.save(step, small(step))
     checkpoints.wait()
     (tmp_path / "2" / "manifest.json").unlink()
-    (tmp_path / "3.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+    (tmp_path / "3" / "large.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     assert checkpoints.steps() == [1]
     assert checkpoints.restore(small(0))[0] == 1
@@ -332,7 +355,10 @@ RESHARD = """
   import sys
   import jax, jax.numpy as jnp, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+  from gradlab import _leaves
   from gradlab.checkpoint import Checkpoints
+
+  _leaves._LARGE = int(sys.argv[2])
 
   def mesh(*shape):
     count = int(np.prod(shape))
@@ -377,9 +403,13 @@ RESHARD = """
 """
 
 
-def test_restores_onto_other_meshes_and_another_number_of_devices(tmp_path):
+def test_restores_onto_other_meshes_and_another_number_of_devices(tmp_path, large):
   subprocess.run(
-    child(RESHARD, str(tmp_path)), env=environment(8), cwd=ROOT, check=True, timeout=120
+    child(RESHARD, str(tmp_path), str(large)),
+    env=environment(8),
+    cwd=ROOT,
+    check=True,
+    timeout=120,
   )
   target = {
     "w": jax.ShapeDtypeStruct((8, 8), jnp.float32),
@@ -479,7 +509,7 @@ DISTRIBUTED = """
       checkpoints.save(step, state)
     checkpoints.wait()
     if jax.process_index() == 0:
-      (checkpoints._folder / "3" / "manifest.ocdbt").unlink()
+      (checkpoints._folder / "3" / "small.msgpack").unlink()
     step, restored = checkpoints.restore(state)
     assert step == 2
     for name, value in state.items():

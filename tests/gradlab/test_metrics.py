@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from gradlab.metrics import Delayed, Writer, first_nonfinite, read
+from tests.gradlab.test_table import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +47,7 @@ def test_records_are_strict_json_and_read_inverts_them(tmp_path):
   assert records[1] == {"step": 2, "split": "nan", "count": 3, "half": 1.5, "one": 1.0}
 
 
-def test_each_record_is_one_write(tmp_path, monkeypatch):
+def test_each_record_is_one_write_per_file(tmp_path, monkeypatch):
   written = []
   write = os.write
 
@@ -54,22 +56,40 @@ def test_each_record_is_one_write(tmp_path, monkeypatch):
     return write(file, data)
 
   with Writer(tmp_path, start_step=0, tensorboard=False) as writer:
+    writer.log([1], {"loss": np.zeros(1)})
     monkeypatch.setattr(os, "write", spy)
-    writer.log([1, 2, 3], {"loss": np.arange(3.0)})
+    writer.log([2, 3], {"loss": np.array([0.5, np.nan])})
     monkeypatch.undo()
   assert written == [
-    b'{"step": %d, "split": "train", "loss": %d.0}\n' % (step, step - 1)
-    for step in (1, 2, 3)
+    b'{"step": 2, "split": "train", "loss": 0.5}\n',
+    b"2,train,0.5\r\n",
+    b'{"step": 3, "split": "train", "loss": "nan"}\n',
+    b"3,train,nan\r\n",
   ]
-  assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(written)
+  for name, rows in (("metrics.jsonl", written[::2]), ("metrics.csv", written[1::2])):
+    assert (tmp_path / name).read_bytes().endswith(b"".join(rows))
 
 
-def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+def test_a_record_that_a_full_disk_takes_in_part_is_not_there(tmp_path):
+  def limit(size):
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, soft[1]))
+    return soft[0]
+
+  path = tmp_path / "metrics.jsonl"
   with Writer(tmp_path, start_step=0, tensorboard=False) as writer:
-    monkeypatch.setattr(os, "write", lambda file, data: len(data) - 1)
-    with pytest.raises(OSError, match="only a part of the record of step 1"):
-      writer.write(1, {"loss": 1.0}, "train")
-    monkeypatch.undo()
+    writer.write(1, {"loss": 1.0}, "train")
+    whole = {file: file.read_bytes() for file in (path, path.with_suffix(".csv"))}
+    before = limit(path.stat().st_size + 10)
+    try:
+      with pytest.raises(OSError, match="File too large") as raised:
+        writer.write(2, {"loss": 2.0}, "train")
+    finally:
+      limit(before)
+    assert raised.value.filename == str(path)
+    assert {file: file.read_bytes() for file in whole} == whole
+    writer.write(2, {"loss": 3.0}, "train")
+  assert [record["loss"] for record in read(path)] == [1.0, 3.0]
 
 
 def test_windows_are_means_that_end_at_multiples(tmp_path):
@@ -116,10 +136,10 @@ def test_resume_continues_as_if_there_had_been_no_break(tmp_path):
     file.write(b'{"step": 8, "split": "tr')
   assert read(broken / "metrics.jsonl")[-1]["step"] == 7
   run(broken, 4, 12)
-  assert (broken / "metrics.jsonl").read_bytes() == (
-    straight / "metrics.jsonl"
-  ).read_bytes()
-  assert sorted(path.name for path in broken.iterdir()) == ["metrics.jsonl"]
+  names = ["metrics.csv", "metrics.jsonl"]
+  assert sorted(path.name for path in broken.iterdir()) == names
+  for name in names:
+    assert (broken / name).read_bytes() == (straight / name).read_bytes()
 
 
 def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
@@ -262,5 +282,12 @@ def test_kill_leaves_whole_records(tmp_path):
     records = read(path)
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     assert all(r["loss"] == r["step"] / 3 and r["norm"] == np.inf for r in records)
+    rows = table(tmp_path)
+    # Killed between the two writes of a record, the table lacks that one.
+    assert 0 <= len(records) - len(rows) <= 1
+    assert all(
+      row == {name: str(value) for name, value in record.items()}
+      for row, record in zip(rows, records, strict=False)
+    )
     start = len(records) // 2
   assert start > 0

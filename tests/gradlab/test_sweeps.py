@@ -110,7 +110,10 @@ def test_override_leaves_the_config_and_follows_references():
 def test_overrides_are_made_in_order():
   out = sweeps.override(
     config(),
-    {"stages.train.update": {"adan": {}}, "stages.train.update.adan.learning_rate": 1.0},
+    {
+      "stages.train.update": {"adan": {}},
+      "stages.train.update.adan.learning_rate": 1.0,
+    },
   )
   assert out.stages.train["update"].to_dict() == {"adan": {"learning_rate": 1.0}}
 

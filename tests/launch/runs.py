@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradlab import metrics, pipeline
+from gradlab import execution, metrics, pipeline
 from gradlab.checkpoint import Checkpoints
 from tests.launch import programs
 
@@ -67,7 +67,7 @@ def step_of(folder: Path) -> int:
 def _targets(resolved: str) -> dict[str, Any]:
   """Train stage -> its state's shapes, of a ``config.json``; placed on one device."""
   built = pipeline.build({**json.loads(resolved), "parallel": ON_ONE})
-  inputs = jnp.asarray(built.dataset.train["inputs"][:1])
+  inputs = execution.example_inputs(built.dataset.train)
   targets = {}
   for name, program in built.programs.items():
     state = jax.eval_shape(program.init, jax.random.key(0), inputs)
@@ -103,6 +103,7 @@ def outcome(folder: Path) -> dict[str, Any]:
       for leaves in [jax.tree_util.tree_leaves_with_path(state)]
     },
     "records": (folder / "metrics.jsonl").read_text().splitlines(),
+    "table": (folder / "metrics.csv").read_text().splitlines(),
     "metrics": json.loads((folder / "result.json").read_text())["metrics"],
   }
 

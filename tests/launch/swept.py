@@ -11,7 +11,7 @@ from gradlab.runfolder import status
 from tests.launch import programs
 
 PROGRAM = "gradlab.launch.sweep"
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 from gradlab.sweeps import chain, choices, log_uniform, product, seeds
 
@@ -80,8 +80,9 @@ def sweep_no_list():
 
 
 def sweep_replicas():
-  return [{"parallel": {"mode": "pmap", "mesh": {"data": 1}}, "seed": s} for s in (0, 1)]
-'''
+  parallel = {"mode": "pmap", "mesh": {"data": 1}}
+  return [{"parallel": parallel, "seed": seed} for seed in (0, 1)]
+"""
 
 
 def write(folder: Path, steps: int = 48) -> Path:

@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: one program, several, killed, stopped, failed, mistaken."""
+"""Sweeps as a user runs them: one program or several, killed, stopped, mistaken."""
 
 import os
 import signal
@@ -25,7 +25,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, server: programs.Server) -> 
 
 
 def test_each_arm_has_a_run_s_folder(whole: Path) -> None:
-  names = [f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.01) for seed in (0, 1)]
+  names = [
+    f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.01) for seed in (0, 1)
+  ]
   assert swept.statuses(whole) == dict.fromkeys(names, "finished")
   for name in names:
     arm = whole / "arms" / name
@@ -47,7 +49,8 @@ def test_each_arm_has_a_run_s_folder(whole: Path) -> None:
     "--config.stages.train.update.adamw.learning_rate=0.01\n--config.seed=0\n"
   )
   assert (whole / "report" / "report.html").stat().st_size > 0
-  assert [path.name for path in (whole / "logs").iterdir()][0].startswith("batch-")
+  (log,) = (whole / "logs").iterdir()
+  assert log.name.startswith("batch-")
 
 
 def test_a_finished_sweep_runs_nothing(whole: Path, server: programs.Server) -> None:
@@ -125,7 +128,9 @@ def test_an_arm_that_diverges_fails_alone(
   vmap: str, tmp_path: Path, server: programs.Server
 ) -> None:
   file, folder = swept.write(tmp_path), tmp_path / "sweep"
-  done = server.run(*flags(file, folder, "diverging", f"--vmap={vmap}"), program=PROGRAM)
+  done = server.run(
+    *flags(file, folder, "diverging", f"--vmap={vmap}"), program=PROGRAM
+  )
   assert (done.code, done.err) == (1, ""), done
   assert list(swept.statuses(folder).values()) == ["finished", "failed"]
   (failed,) = folder.glob("arms/*/error.json")
@@ -183,11 +188,11 @@ def test_a_second_sweep_on_a_folder(tmp_path: Path, server: programs.Server) -> 
 MISTAKES = {
   "unknown sweep": (
     "sede",
-    "--sweep: unknown sweep 'sede'. Did you mean 'seed'? {file} has: rate, seed, width, ",
+    "--sweep: unknown sweep 'sede'. Did you mean 'seed'? {file} has: rate, seed, ",
   ),
   "no such field": (
     "lost",
-    "arm steps=1: stages.trian.steps: stages has no field 'trian'. Did you mean 'train'?",
+    "arm steps=1: stages.trian.steps: stages has no field 'trian'. Did you mean 'train",
   ),
   "no such argument": (
     "misspelt",
@@ -245,6 +250,8 @@ def test_folder_of_another_sweep(whole: Path, server: programs.Server) -> None:
   asked = flags(whole.parent / "swept.py", whole, "rate,seed", "--config.seed=3")
   changed = (*asked, "--config.stages.train.batch_size=4")
   done = server.run(*changed, program=PROGRAM)
-  assert_says(done, "holds a run of another config: stages.train.batch_size is 8 there ")
+  assert_says(
+    done, "holds a run of another config: stages.train.batch_size is 8 there "
+  )
   assert files(whole) == before
   assert {status(path) for path in (whole / "arms").iterdir()} == {"finished"}
