@@ -83,19 +83,19 @@ class Board:
   """Shows the arms while they run; in a file or a pipe, a line when one ends."""
 
   def __init__(self, arms: Sequence[Arm], console: Console) -> None:
-    self._arms, self._console = arms, console
+    self._arms, self.console = arms, console
     self._begun = time.monotonic()
     self._first: dict[str, tuple[float, int]] = {}
     self._lines: dict[str, Line] = {}
     self._live = Live(console=console, auto_refresh=False, transient=True)
 
   def __enter__(self) -> "Board":
-    if self._console.is_terminal:
+    if self.console.is_terminal:
       self._live.__enter__()
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._console.is_terminal:
+    if self.console.is_terminal:
       self._live.__exit__(None, None, None)
 
   def update(self, running: set[str]) -> dict[str, Line]:
@@ -108,9 +108,9 @@ class Board:
       if line.status == "running":
         self._first.setdefault(arm.name, (time.monotonic(), line.step))
       over = line.status in ("finished", "failed")
-      if over and before and not self._console.is_terminal:
-        self._console.print(f"{line.status} {arm.name}: {line.said}", soft_wrap=True)
-    if self._console.is_terminal:
+      if over and before and not self.console.is_terminal:
+        self.console.print(f"{line.status} {arm.name}: {line.said}", soft_wrap=True)
+    if self.console.is_terminal:
       self._live.update(self.shown(), refresh=True)
     return self._lines
 
@@ -120,7 +120,7 @@ class Board:
     if not everything:
       rank = {status: i for i, status in enumerate(STYLES)}
       order.sort(key=lambda arm: rank[self._lines[arm.name].status])
-    room = len(order) if everything else max(self._console.height - 7, 1)
+    room = len(order) if everything else max(self.console.height - 7, 1)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=not everything)
     table.add_column("arm", overflow="fold")
     table.add_column("status", no_wrap=True)
