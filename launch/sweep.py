@@ -115,13 +115,16 @@ def follow(
             _blame(job, state.error, folders)
         lines = board.update(running)
         if all(state.phase == "ended" for state in states):
-          return lines
+          break
         if asked:
           raise Interrupted("stopped; the same command goes on.")
         time.sleep(_POLL_SECONDS)
     except BaseException:
       executor.stop()
       raise
+  if console.is_terminal:
+    console.print(board.shown(everything=True))
+  return lines
 
 
 def _import_plots() -> None:
@@ -169,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
     # while the workers work, this process has time to import what draws
     threading.Thread(target=_import_plots, daemon=True).start()
     lines = follow(jobs, arms, executor, console)
-    written = report.write(folder)
+    written = report.write(folder, console=console)
   failed = [name for name, line in lines.items() if line.status == "failed"]
   console.print(f"report: {written[0]}", soft_wrap=True)
   console.print(f"sweep folder: {folder}", soft_wrap=True)
