@@ -5,6 +5,8 @@
 
 from ml_collections import ConfigDict
 
+from gradlab.sweeps import Arm, log_uniform, seeds
+
 
 def get_config() -> ConfigDict:
   """AdamW on a two-layer MLP."""
@@ -24,3 +26,13 @@ def get_config() -> ConfigDict:
       },
     }
   )
+
+
+def sweep_learning_rate() -> list[Arm]:
+  """Sixteen rates over three decades."""
+  return log_uniform("stages.train.update.adamw.learning_rate", 1e-4, 1e-1, 16)
+
+
+def sweep_seed() -> list[Arm]:
+  """Four seeds of initialisation, noise and data order."""
+  return seeds(4)

@@ -5,6 +5,9 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
+
+from gradlab.experiments import digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,19 +34,26 @@ def run(folder, program, **environment):
 
 
 def test_method_and_experiment_run(tmp_path):
-  method, experiment, _ = blocks("python")
+  method, experiment, *_ = blocks("python")
   for block in (method, experiment):
     assert len(block.splitlines()) <= 25
   assert run(tmp_path, f"{method}\n{experiment}") > 0.85
 
 
 def test_placement_of_the_readme_is_accepted(tmp_path):
-  method, experiment, parallel = blocks("python")
+  method, experiment, _, parallel = blocks("python")
   call = "result = pipeline.run"
   before, after = experiment.split(call)
   flags = "--xla_force_host_platform_device_count=4"
   program = f"{method}\n{before}\n{parallel}\n{call}{after}"
   assert run(tmp_path, program, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") > 0.85
+
+
+def test_sweeps_of_the_readme_are_those_of_the_experiment():
+  found: dict[str, Any] = {}
+  exec(blocks("python")[2], found)
+  for name in ("sweep_learning_rate", "sweep_seed"):
+    assert found[name]() == getattr(digits, name)()
 
 
 def test_commands_and_paths_of_the_readme_exist():
