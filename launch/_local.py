@@ -60,6 +60,7 @@ class Local:
     for job in self._jobs[len(self._processes) :][: len(free)]:
       slot = free.pop(0)
       self._logs.mkdir(parents=True, exist_ok=True)
+      self._log(job).touch()
       process = self._context.Process(
         target=_worker.work, args=(job, self._log(job), slot, self._slots)
       )

@@ -1,5 +1,7 @@
 """How every program of ``launch`` starts and ends."""
 
+import atexit
+import gc
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -72,6 +74,8 @@ def run(
   """
   logging.set_verbosity(logging.WARNING)
   _cache.use()
+  # the interpreter's last collections would walk through every module once more
+  atexit.register(gc.freeze)
   try:
     app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments))
   except (ConfigError, NonFiniteError) as error:

@@ -8,10 +8,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 from absl import logging
 
-from gradlab.launch import _cache, _job
+from gradlab.launch import _job
 from gradlab.launch._executors import Job
 from gradlab.types import Interrupted
 
@@ -34,15 +33,14 @@ def work(job: Job, log: Path, slot: int, slots: int) -> None:
   threading.Thread(target=_follow, daemon=True).start()
   logging.set_verbosity(logging.WARNING)
   os.environ |= share(os.environ, gpus(), slot, slots)
-  if job.vmapped and "xla_force_host_platform_device_count" not in os.environ.get(
-    "XLA_FLAGS", ""
-  ):
-    # Several arms are several programs to a CPU: a device for each core.
-    cores = len(os.sched_getaffinity(0)) // slots
-    jax.config.update("jax_num_cpu_devices", max(cores, 1))
-  _cache.use()
   with contextlib.suppress(Interrupted):
-    _job.run(job, lambda: bool(asked))
+    _job.run(job, lambda: bool(asked), cores=_cores() // slots)
+
+
+def _cores() -> int:
+  # macOS has no affinity
+  limited = hasattr(os, "sched_getaffinity")
+  return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
 def _follow() -> None:
