@@ -175,4 +175,4 @@ def test_git_commit_is_that_of_the_checkout_which_tracks_the_package(tmp_path):
 
 def test_git_may_be_missing(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
-  assert runfolder.environment()["commit"] is None
+  assert runfolder.git_commit(Path(gradlab.__file__).parent) is None
