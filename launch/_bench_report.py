@@ -10,9 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from gradlab import runfolder
+
+# Columns that every table fits into.
+WIDTH = 120
 
 
 class Summary(NamedTuple):
@@ -49,15 +53,17 @@ class Section(NamedTuple):
     columns: the table's head.
     rows: the table's cells; the last one says whether the target is met.
     records: per row the numbers, the single runs included.
-    checks: the targets.
+    checks: per row the target, or None where there is none.
+    notes: sentences on what the table leaves out.
   """
 
   name: str
   says: str
-  columns: tuple[str, ...]
-  rows: Sequence[tuple[str, ...]]
-  records: Sequence[dict[str, Any]]
-  checks: Sequence[Check]
+  columns: tuple[str, ...] = ()
+  rows: Sequence[tuple[str, ...]] = ()
+  records: Sequence[dict[str, Any]] = ()
+  checks: Sequence[Check | None] = ()
+  notes: Sequence[str] = ()
 
 
 def summary(values: Sequence[float]) -> Summary:
@@ -87,6 +93,12 @@ def show(values: Sequence[float], form: str) -> str:
   """``median (min-max)`` in a number format such as ``.2f``."""
   found = summary(values)
   return f"{found.median:{form}} ({found.low:{form}}-{found.high:{form}})"
+
+
+def brief(values: Sequence[float]) -> str:
+  """``show`` with about three digits, however large the numbers are."""
+  median = summary(values).median
+  return show(values, ".0f" if median >= 100 else ".1f" if median >= 10 else ".2f")
 
 
 def numbers(values: Sequence[float]) -> dict[str, Any]:
@@ -125,19 +137,49 @@ def describe(host: Mapping[str, Any]) -> str:
   )
 
 
+def console() -> Console:
+  """The terminal, or a page as wide as the tables where that is narrower."""
+  found = Console(highlight=False)
+  return Console(highlight=False, width=max(found.width, WIDTH))
+
+
 def table(section: Section) -> Table:
   """The section for the terminal, the spread below the median."""
-  shown = Table(title=section.name, caption=section.says, box=box.SIMPLE_HEAD)
+  shown = Table(
+    title=section.name,
+    caption=section.says,
+    box=box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
+  )
   shown.caption_justify = "left"
+  # The first column wraps, but between words only.
+  words = [word for row in section.rows for word in row[0].split()]
+  widest = max(map(len, words), default=0)
   for index, name in enumerate(section.columns):
     right = index > 0
     head = name.replace(" ", "\n", 1)
     side: Literal["left", "right"] = "right" if right else "left"
-    shown.add_column(head, justify=side, no_wrap=right, overflow="fold")
+    shown.add_column(
+      head,
+      justify=side,
+      no_wrap=right,
+      overflow="fold",
+      min_width=None if right else widest,
+    )
   for row, check in zip(section.rows, section.checks, strict=True):
     cells = [cell.replace(" (", "\n(") for cell in row[:-1]]
-    shown.add_row(*cells, f"[{'green' if check.met else 'red'}]{row[-1]}")
+    style = "dim" if check is None else "green" if check.met else "red"
+    target = row[-1].replace(" m", "\nm")
+    shown.add_row(*cells, f"[{style}]{target}")
   return shown
+
+
+def display(console: Console, section: Section) -> None:
+  """Prints the section's table, if it has one, and its notes."""
+  if section.rows:
+    console.print(table(section))
+  for note in section.notes:
+    console.print(f"{section.name}: {note}")
 
 
 def markdown(host: Mapping[str, Any], runs: int, sections: Sequence[Section]) -> str:
@@ -153,7 +195,9 @@ def markdown(host: Mapping[str, Any], runs: int, sections: Sequence[Section]) ->
   for section in sections:
     lines += ["", f"## {section.name}", "", section.says, ""]
     head = (section.columns, ("---",) * len(section.columns))
-    lines += [f"| {' | '.join(cells)} |" for cells in (*head, *section.rows)]
+    if section.rows:
+      lines += [f"| {' | '.join(cells)} |" for cells in (*head, *section.rows)]
+    lines += [line for note in section.notes for line in ("", note)]
   return "\n".join(lines) + "\n"
 
 
@@ -163,12 +207,14 @@ def write(
   """``bench.json`` and ``bench.md`` in an existing folder."""
   found = {
     section.name: [
-      {**record, "target": {**check._asdict(), "met": check.met}}
+      {**record, "target": check and {**check._asdict(), "met": check.met}}
       for record, check in zip(section.records, section.checks, strict=True)
     ]
     for section in sections
   }
+  notes = {section.name: section.notes for section in sections if section.notes}
   runfolder.write_json(
-    folder / "bench.json", {"machine": host, "runs": runs, "sections": found}
+    folder / "bench.json",
+    {"machine": host, "runs": runs, "sections": found, "notes": notes},
   )
   runfolder.write_atomic(folder / "bench.md", markdown(host, runs, sections))

@@ -1,17 +1,17 @@
 """Seconds from the start of a process to the demo's first step."""
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import gradlab
 from gradlab.launch import _bench_report as report
+from gradlab.launch._bench_programs import PACKAGE, seconds_until, variables
 
-PACKAGE = Path(gradlab.__file__).absolute().parent
 CONFIG = PACKAGE / "experiments" / "digits_ablation.py"
+SWEEPS = "rule,seed"
+POLL_SECONDS = 0.01
 COLD_TARGET, WARM_TARGET = 10.0, 6.0
 # What any JAX program pays before its first step.
 IMPORTS = """
@@ -22,32 +22,36 @@ print(time.monotonic())
 """
 
 
-def seconds_until(arguments: list[str], cache: Path) -> float:
-  """Starts Python and waits; the program's last line is the time it stopped at."""
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-  # The package that this process runs, also when it was found by the current folder.
-  paths = [str(PACKAGE.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-  environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-  begun = time.monotonic()
-  done = subprocess.run(
-    [sys.executable, *arguments],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  if done.returncode:
-    raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr}")
-  return float(done.stdout.split()[-1]) - begun
-
-
 def first_step(config: Path, cache: Path) -> float:
-  """Seconds until the first dispatch of ``config``'s first method has ended."""
-  with TemporaryDirectory() as workdir:
-    program = "gradlab.launch._bench_first_step"
-    return seconds_until(
-      ["-m", program, f"--config={config}", f"--workdir={workdir}"], cache
+  """Seconds from a sweep's command until its first arm has written its metrics.
+
+  Raises:
+    RuntimeError: the sweep ended before that.
+  """
+  with TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
+    workdir = Path(folder) / "sweep"
+    program = ("-m", "gradlab.launch.sweep", f"--config={config}")
+    begun = time.monotonic()
+    process = subprocess.Popen(
+      [sys.executable, *program, f"--workdir={workdir}", f"--sweep={SWEEPS}"],
+      env=variables(cache),
+      stdout=log,
+      stderr=log,
     )
+    try:
+      while not _written(workdir):
+        if process.poll() is not None:
+          log.seek(0)
+          raise RuntimeError(f"{config} took no step:\n{log.read()}")
+        time.sleep(POLL_SECONDS)
+      return time.monotonic() - begun
+    finally:
+      process.terminate()
+      process.wait()
+
+
+def _written(workdir: Path) -> bool:
+  return any(file.stat().st_size for file in workdir.glob("arms/*/metrics.jsonl"))
 
 
 def measure(runs: int, config: Path = CONFIG) -> report.Section:
@@ -86,9 +90,9 @@ def section(
     checks.append(check)
   return report.Section(
     name="startup",
-    says="From the start of the process to the end of the first dispatch of "
-    "experiments/digits_ablation.py (20 steps of 15 arms and their evaluation), beside "
-    "a process that imports jax, flax and optax and jits one addition.",
+    says="From the command that sweeps experiments/digits_ablation.py to the first "
+    "metrics on disk (20 steps of 15 arms and their evaluation), beside a process that "
+    "imports jax, flax and optax and jits one addition.",
     columns=("start", "first step (s)", "imports (s)", "ratio", "target (s)"),
     rows=rows,
     records=records,

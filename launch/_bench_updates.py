@@ -1,62 +1,21 @@
-"""Time and memory of every update rule, beside ``optax.adamw``."""
+"""Time, memory and compilation of every update rule, beside ``optax.adamw``."""
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gradlab import catalog
+from gradlab.launch import _bench_compile
 from gradlab.launch import _bench_report as report
-from gradlab.types import Method, Params, PyTree, State, Update
+from gradlab.launch._bench_tree import Sizes, count, parameters, tree_bytes
+from gradlab.types import Method, Params, State, Update
 
 TARGET = 1.25
 BASELINE = "optax.adamw"
 GIVEN = {"learning_rate": 1e-3, "key": 0}
-
-
-class Sizes(NamedTuple):
-  """A decoder's: with the default ones it has 20 million parameters."""
-
-  layers: int = 5
-  width: int = 512
-  vocabulary: int = 8192
-
-
-def parameters(sizes: Sizes, seed: int = 0) -> Params:
-  """Float32 leaves shaped and named as a decoder's parameters, drawn at random."""
-  width, rng = sizes.width, np.random.default_rng(seed)
-
-  def dense(fan_in: int, fan_out: int) -> dict[str, jax.Array]:
-    return {"kernel": draw(fan_in, fan_out), "bias": draw(fan_out)}
-
-  def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.normal(0.0, 0.02, shape).astype(np.float32))
-
-  def layer() -> dict[str, dict[str, jax.Array]]:
-    return {
-      "attention_norm": {"scale": draw(width)},
-      "query_key_value": dense(width, 3 * width),
-      "attention_out": dense(width, width),
-      "mlp_norm": {"scale": draw(width)},
-      "mlp_in": dense(width, 4 * width),
-      "mlp_out": dense(4 * width, width),
-    }
-
-  return {
-    "embedding": draw(sizes.vocabulary, width),
-    **{f"layer_{index}": layer() for index in range(sizes.layers)},
-    "norm": {"scale": draw(width)},
-  }
-
-
-def tree_bytes(tree: PyTree) -> int:
-  """Bytes of the arrays in a tree."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def moved_bytes(params: Params, state: State) -> int:
@@ -89,32 +48,53 @@ class Stepper:
   """One rule, compiled, with the params and the state that it steps."""
 
   def __init__(self, rule: optax.GradientTransformation, params: Params) -> None:
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: State, grads: Params) -> tuple[Params, State]:
-      updates, state = rule.update(grads, state, params)
-      return optax.apply_updates(params, updates), state
-
+    self._rule = rule
     self._params = jax.tree.map(jnp.copy, params)
     self._state = jax.jit(rule.init)(params)
-    self._step: Callable[..., tuple[Params, State]] = step
+    self._built = self.build()
     self.state_bytes = tree_bytes(self._state)
     self.moved_bytes = moved_bytes(self._params, self._state)
+    self.peak_bytes = self._built.peak_bytes
+
+  def build(self) -> _bench_compile.Built:
+    """Compiles the step, without taking it."""
+
+    def step(params: Params, state: State, grads: Params) -> tuple[Params, State]:
+      updates, state = self._rule.update(grads, state, params)
+      return optax.apply_updates(params, updates), state
+
+    given = (self._params, self._state, self._params)
+    return _bench_compile.build(step, given, donate=(0, 1))
 
   def run(self, grads: Params, steps: int) -> Params:
     """Takes ``steps`` steps and returns the params of the last one."""
     for _ in range(steps):
-      self._params, self._state = self._step(self._params, self._state, grads)
+      self._params, self._state = self._built.run(self._params, self._state, grads)
     return self._params
 
 
 class Measured(NamedTuple):
-  """One rule: milliseconds per step of it and of the baseline, bytes of both."""
+  """One rule beside the baseline.
+
+  Attributes:
+    name: of the rule.
+    milliseconds: per step of the rule; ``baseline``: of the baseline.
+    byte_ratio: bytes that a step must move, as a ratio.
+    state_bytes: of the rule, per parameter.
+    compilation: seconds to compile the rule; ``baseline_compilation``: the baseline.
+    memory_ratio: peak memory, as a ratio.
+    peak_bytes: peak memory of the rule.
+  """
 
   name: str
   milliseconds: list[float]
   baseline: list[float]
   byte_ratio: float
   state_bytes: float
+  compilation: list[float]
+  baseline_compilation: list[float]
+  memory_ratio: float
+  peak_bytes: int
 
 
 def measure_rule(
@@ -127,7 +107,7 @@ def measure_rule(
   runs: int,
   steps: int,
 ) -> Measured:
-  """Steps the baseline and the rule in turn."""
+  """Steps and compiles the baseline and the rule in turn."""
   stepper = Stepper(rule, params)
 
   def milliseconds(stepper: Stepper) -> float:
@@ -137,9 +117,20 @@ def measure_rule(
   before, own = report.interleaved(
     runs, lambda: milliseconds(baseline), lambda: milliseconds(stepper)
   )
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  ratio = stepper.moved_bytes / baseline.moved_bytes
-  return Measured(name, own, before, ratio, stepper.state_bytes / count)
+  compiled_before, compiled = report.interleaved(
+    runs, lambda: baseline.build().seconds, lambda: stepper.build().seconds
+  )
+  return Measured(
+    name,
+    own,
+    before,
+    stepper.moved_bytes / baseline.moved_bytes,
+    stepper.state_bytes / count(params),
+    compiled,
+    compiled_before,
+    stepper.peak_bytes / baseline.peak_bytes,
+    stepper.peak_bytes,
+  )
 
 
 def measure(runs: int, sizes: Sizes | None = None, steps: int = 4) -> report.Section:
@@ -152,14 +143,15 @@ def measure(runs: int, sizes: Sizes | None = None, steps: int = 4) -> report.Sec
     for name, method in catalog.methods().items()
     if method.family == "updates"
   ]
-  return section(found, sum(leaf.size for leaf in jax.tree.leaves(params)))
+  return section(found, count(params))
 
 
-def section(found: list[Measured], count: int) -> report.Section:
+def section(found: list[Measured], parameters: int) -> report.Section:
   """The table of rules."""
   rows, records, checks = [], [], []
   for rule in found:
     ratios = report.pairwise(rule.milliseconds, rule.baseline)
+    compiled = report.pairwise(rule.compilation, rule.baseline_compilation)
     check = report.Check(report.summary(ratios).median / rule.byte_ratio, TARGET)
     rows.append(
       (
@@ -168,7 +160,10 @@ def section(found: list[Measured], count: int) -> report.Section:
         report.show(ratios, ".2f"),
         f"{rule.byte_ratio:.2f}",
         f"{check.value:.2f}",
+        f"{rule.memory_ratio:.2f}",
         f"{rule.state_bytes:.2f}",
+        report.show(rule.compilation, ".2f"),
+        report.show(compiled, ".2f"),
         str(check),
       )
     )
@@ -182,21 +177,31 @@ def section(found: list[Measured], count: int) -> report.Section:
         "byte_ratio": rule.byte_ratio,
         "time_over_bytes": check.value,
         "state_bytes_per_parameter": rule.state_bytes,
+        "peak_bytes": rule.peak_bytes,
+        "memory_ratio": rule.memory_ratio,
+        "compile_seconds": report.numbers(rule.compilation),
+        f"{BASELINE}_compile_seconds": report.numbers(rule.baseline_compilation),
+        "compile_ratio": report.numbers(compiled),
       }
     )
     checks.append(check)
   return report.Section(
     name="updates",
-    says=f"update + apply_updates of {count / 1e6:.1f} million float32 parameters, as "
-    f"ratios to {BASELINE}: time, and the bytes of gradients, parameters and state "
-    "that one step must read and write. The target holds for time over bytes.",
+    says=f"update + apply_updates of {parameters / 1e6:.1f} million float32 "
+    f"parameters, as ratios to {BASELINE}: time; the bytes of gradients, parameters "
+    "and state that one step must read and write; peak memory (arguments, results and "
+    "temporaries); the seconds to lower and compile it. The target holds for time over "
+    "bytes.",
     columns=(
       "rule",
       "ms",
       "time",
       "bytes",
       "time / bytes",
+      "memory",
       "state B/param",
+      "compile s",
+      "compile",
       "target",
     ),
     rows=rows,

@@ -1,19 +1,34 @@
-"""The benchmark: ``python -m gradlab.launch.bench [--only=loop,startup,updates]``.
+"""The benchmark: ``python -m gradlab.launch.bench [--only=loop,updates]``.
 
 ``loop``: the training loop beside a bare scan. ``startup``: from the start of a process
-to the first step. ``updates``: every update rule beside ``optax.adamw``. Every number
-is the median of several runs, with the smallest and the largest; every ratio compares
-neighbouring runs. The folder gets ``bench.json`` and ``bench.md``.
+to the first step. ``updates``: every update rule beside ``optax.adamw``. ``methods``:
+the other transforms beside what they replace. ``peers``: the update rules in PyTorch.
+``checkpoint``: what an asynchronous save costs the loop. ``sweep``: an ablation beside
+separate runs. ``decoder``: a language model's step beside PyTorch's, on a GPU.
+
+Every number is the median of several runs, with the smallest and the largest; every
+ratio compares neighbouring runs. The folder gets ``bench.json`` and ``bench.md``, which
+grow with each section.
 """
 
 import pathlib
 from collections.abc import Callable, Sequence
 
 from absl import flags
-from rich.console import Console
 
 from gradlab import catalog
-from gradlab.launch import _bench_loop, _bench_startup, _bench_updates, _main
+from gradlab.launch import (
+  _bench_checkpoint,
+  _bench_decoder,
+  _bench_loop,
+  _bench_methods,
+  _bench_peers,
+  _bench_startup,
+  _bench_sweep,
+  _bench_torch,
+  _bench_updates,
+  _main,
+)
 from gradlab.launch import _bench_report as report
 from gradlab.types import ConfigError
 
@@ -21,35 +36,81 @@ SECTIONS: dict[str, Callable[[int], report.Section]] = {
   "loop": _bench_loop.measure,
   "startup": _bench_startup.measure,
   "updates": _bench_updates.measure,
+  "methods": _bench_methods.measure,
+  "peers": _bench_peers.measure,
+  "checkpoint": _bench_checkpoint.measure,
+  "decoder": _bench_decoder.measure,
+  "sweep": _bench_sweep.measure,
 }
+# Why a section is left out unless --only asks for it; "" when it is not.
+OPTIONAL: dict[str, Callable[[], str]] = {
+  "peers": _bench_torch.missing,
+  "decoder": _bench_decoder.missing,
+}
+FEWEST_RUNS = 5
+# One run of its baseline takes minutes.
+ANY_RUNS = ("sweep",)
+
 ONLY = flags.DEFINE_list("only", list(SECTIONS), "The sections to run.")
-RUNS = flags.DEFINE_integer("runs", 5, "Runs of each measurement.", lower_bound=5)
+RUNS = flags.DEFINE_integer(
+  "runs",
+  FEWEST_RUNS,
+  f"Runs of each measurement; at least {FEWEST_RUNS}, but for {', '.join(ANY_RUNS)}.",
+  lower_bound=1,
+)
 OUT = flags.DEFINE_string("out", "runs/bench", "The folder of the results.")
 
 
-def main(argv: Sequence[str]) -> None:
-  """Measures, prints the tables and writes them."""
-  del argv
+def check_flags() -> None:
+  """Raises ``ConfigError`` for sections that do not exist, or too few runs."""
   for name in ONLY.value:
     if name not in SECTIONS:
       near = catalog.nearest(name, tuple(SECTIONS))
       raise ConfigError(f"--only: unknown section {name!r}.{near}")
   if not ONLY.value:
     raise ConfigError(f"--only: name at least one of {', '.join(SECTIONS)}.")
+  if RUNS.value < FEWEST_RUNS and set(ONLY.value) - set(ANY_RUNS):
+    raise ConfigError(
+      f"--runs: must be at least {FEWEST_RUNS}, got {RUNS.value}; "
+      f"only --only={','.join(ANY_RUNS)} takes fewer."
+    )
+
+
+def measure(name: str, *, asked: bool) -> report.Section:
+  """One section, or a note on why it is left out.
+
+  Args:
+    name: of the section.
+    asked: whether the user named it.
+
+  Raises:
+    ConfigError: the user named a section that this machine lacks something for.
+  """
+  reason = "" if asked else OPTIONAL.get(name, str)()
+  if reason:
+    return report.Section(name, "", notes=[f"left out: {reason}"])
+  return SECTIONS[name](RUNS.value)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures, prints the tables and writes them."""
+  del argv
+  check_flags()
   folder = pathlib.Path(OUT.value)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f"--out: {folder}: {error.strerror}.") from error
-  console, host = Console(highlight=False), report.machine()
+  asked = not flags.FLAGS["only"].using_default_value
+  console, host = report.console(), report.machine()
   console.print(report.describe(host))
   found = []
   for name in dict.fromkeys(ONLY.value):
     with console.status(f"{name}: {RUNS.value} runs"):
-      found.append(SECTIONS[name](RUNS.value))
-    console.print(report.table(found[-1]))
-  report.write(folder, host, RUNS.value, found)
-  checks = [check for section in found for check in section.checks]
+      found.append(measure(name, asked=asked))
+    report.display(console, found[-1])
+    report.write(folder, host, RUNS.value, found)
+  checks = [check for section in found for check in section.checks if check]
   met = sum(check.met for check in checks)
   console.print(f"{met} of {len(checks)} targets met")
   console.print(f"results: {folder / 'bench.md'}, {folder / 'bench.json'}")

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,14 @@ from rich.console import Console
 
 from gradlab import metrics
 from gradlab.experiment import build
-from gradlab.launch import _bench_loop, _bench_startup, _bench_updates, bench
+from gradlab.launch import (
+  _bench_loop,
+  _bench_loops,
+  _bench_programs,
+  _bench_startup,
+  _bench_updates,
+  bench,
+)
 from gradlab.launch import _bench_report as report
 from gradlab.types import ConfigError
 
@@ -97,18 +105,53 @@ def test_files_hold_the_machine_the_runs_and_the_targets(tmp_path):
   assert f"jax {jax.__version__}" in page
 
 
-def test_terminal_table_fits_eighty_columns():
-  rule = _bench_updates.Measured("a_rule_of_length_20", [199.0], [99.0], 1.57, 16.0)
-  console = Console(width=80, record=True, file=io.StringIO())
-  console.print(report.table(_bench_updates.section([rule], 20_000_000)))
-  text = console.export_text()
+def _terminal(section):
+  console = Console(width=report.WIDTH, record=True, file=io.StringIO())
+  report.display(console, section)
+  return console.export_text()
+
+
+def test_terminal_table_of_the_rules_fits():
+  rule = _bench_updates.Measured(
+    "a_rule_of_length_20",
+    [199.0],
+    [99.0],
+    1.57,
+    16.0,
+    compilation=[11.11],
+    baseline_compilation=[1.11],
+    memory_ratio=1.25,
+    peak_bytes=1,
+  )
+  text = _terminal(_bench_updates.section([rule], 20_000_000))
   assert "…" not in text
+  assert "a_rule_of_length_20 " in text
   assert "missed" in text
+
+
+def test_a_row_without_a_target_and_a_note(tmp_path):
+  section = _section(0.9, 0.95)._replace(
+    rows=[("digits", "2.0", "")], checks=[None], notes=["not measured: this."]
+  )
+  report.write(tmp_path, report.machine(), 5, [section])
+  found = json.loads((tmp_path / "bench.json").read_text())
+  assert found["sections"]["loop"][0]["target"] is None
+  assert found["notes"] == {"loop": ["not measured: this."]}
+  assert (tmp_path / "bench.md").read_text().endswith("\nnot measured: this.\n")
+  assert "loop: not measured: this." in _terminal(section)
+
+
+@pytest.mark.parametrize(
+  ("values", "shown"),
+  [([1.234, 0.1], "0.67 (0.10-1.23)"), ([12.34], "12.3 (12.3-12.3)")],
+)
+def test_brief_keeps_three_digits(values, shown):
+  assert report.brief(values) == shown
 
 
 def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
   pipeline = build(_bench_loop.digits_config(120, 0))
-  folder = _bench_loop.gradlab_loop(pipeline, tmp_path)()
+  folder = _bench_loops.gradlab_loop(pipeline, tmp_path)()
   written = [
     record
     for record in metrics.read(folder / "metrics.jsonl")
@@ -116,7 +159,7 @@ def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
   ]
   assert [record["step"] for record in written] == [50, 100, 120]
   assert [path.name for path in (folder / "checkpoints" / "train").iterdir()] == ["120"]
-  dispatches = _bench_loop.bare_loop(pipeline.config, pipeline.dataset.train)()
+  dispatches = _bench_loops.bare_loop(pipeline)()
   for name in ("loss", "accuracy"):
     values = np.concatenate([np.asarray(found[name]) for found in dispatches])
     means = [np.mean(part) for part in np.split(values, [50, 100])]
@@ -124,54 +167,75 @@ def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
     np.testing.assert_allclose([record[name] for record in written], means, rtol=1e-4)
 
 
-def test_loop_section():
+def test_loop_section(monkeypatch):
+  wide = _bench_loop.wide_config(32, steps=4, batch_size=8)
+  monkeypatch.setattr(_bench_loop, "step_config", lambda steps: (wide, 9.87))
   section = _bench_loop.measure(2, steps=4)
   assert [record["name"] for record in section.records] == [
-    "at the end",
-    "every 1000 steps",
+    "digits: at the end",
+    "digits: every 1000 steps",
+    "9.9 ms steps: every 100 steps",
   ]
-  for record, check in zip(section.records, section.checks, strict=True):
+  targets = [0.95, 0.95, 0.97]
+  for record, check, target in zip(
+    section.records, section.checks, targets, strict=True
+  ):
     ours, bare = record["gradlab"]["runs"], record["bare"]["runs"]
     assert record["ratio"]["runs"] == [a / b for a, b in zip(ours, bare, strict=True)]
     assert len(ours) == 2
-    assert check == (record["ratio"]["median"], 0.95, True)
+    assert check == (record["ratio"]["median"], target, True)
+  assert "2 x 32 units on batches of 8" in section.notes[0]
 
 
 def test_loop_target_is_held_to_the_median_of_the_pairs():
-  rates = [([95.0, 190.0, 10.0], [100.0, 200.0, 100.0]), ([94.0], [100.0])]
-  section = _bench_loop.section(rates, steps=10)
-  assert [check.value for check in section.checks] == [0.95, 0.94]
+  rows = [
+    _bench_loop.Row("a", _bench_loop.digits_config(10, 0), 0.95),
+    _bench_loop.Row("b", _bench_loop.digits_config(10, 0), 0.97),
+  ]
+  rates = [([95.0, 190.0, 10.0], [100.0, 200.0, 100.0]), ([96.0], [100.0])]
+  section = _bench_loop.section(rows, rates, "")
+  assert [check.value for check in section.checks] == [0.95, 0.96]
   assert [check.met for check in section.checks] == [True, False]
+
+
+def test_the_width_of_a_long_step_keeps_to_its_limit():
+  config, milliseconds = _bench_loop.step_config(
+    7, milliseconds=1e3, batch_size=8, widest=96
+  )
+  assert config.model.features == (96, 96)
+  assert config.stages.train.steps == 7
+  assert config.stages.train.checkpoint_every == 100
+  assert 0 < milliseconds < 1e3
 
 
 ABLATION = """
 from ml_collections import ConfigDict
 
-METHODS = ("adamw", "no such method")
+from gradlab.sweeps import choices, seeds
 
 
-def get_config(method):
+def get_config():
   return ConfigDict({
     "data": {"name": "digits"},
     "model": {"name": "mlp", "features": (2,)},
     "stages": {"train": {
       "steps": 2, "batch_size": 2, "eval_every": 1,
       "objective": {"name": "cross_entropy"},
-      "update": {method: {"learning_rate": 1e-3}},
+      "update": {"adamw": {"learning_rate": 1e-3}},
     }},
   })
 
 
-def sweep_learning_rate(method):
-  return [{}]
+def sweep_rule():
+  return choices("stages.train.batch_size", (2,))
 
 
 def sweep_seed():
-  return [{}]
+  return seeds(2)
 """
 
 
-def test_startup_ends_at_the_first_step_of_the_first_method(tmp_path):
+def test_startup_ends_at_the_first_metrics(tmp_path):
   config = tmp_path / "ablation.py"
   config.write_text(ABLATION)
   begun = time.monotonic()
@@ -184,9 +248,16 @@ def test_startup_ends_at_the_first_step_of_the_first_method(tmp_path):
   assert [check.limit for check in section.checks] == [10.0, 6.0]
 
 
+def test_a_sweep_that_takes_no_step_is_reported(tmp_path):
+  config = tmp_path / "ablation.py"
+  config.write_text(ABLATION.replace("train.batch_size", "train.no_such"))
+  with pytest.raises(RuntimeError, match="no_such"):
+    _bench_startup.first_step(config, tmp_path / "cache")
+
+
 def test_a_program_that_fails_is_reported(tmp_path):
   with pytest.raises(RuntimeError, match="No module named 'no_such'"):
-    _bench_startup.seconds_until(["-c", "import no_such"], tmp_path)
+    _bench_programs.seconds_until(["-c", "import no_such"], tmp_path)
 
 
 @pytest.fixture
@@ -221,7 +292,9 @@ def test_a_section_that_does_not_exist(parsed):
 
 def test_no_section(parsed):
   parsed.only = []
-  with pytest.raises(ConfigError, match="at least one of loop, startup, updates"):
+  with pytest.raises(
+    ConfigError, match="at least one of loop, startup, updates, methods"
+  ):
     bench.main(["bench"])
 
 
@@ -235,6 +308,46 @@ def test_a_folder_that_cannot_be_made_is_told_before_measuring(
     bench.main(["bench"])
 
 
-def test_fewer_than_five_runs_are_refused(parsed):
-  with pytest.raises(flags.IllegalFlagValueError, match="5"):
-    parsed.runs = 4
+@pytest.mark.parametrize("names", [["updates"], ["sweep", "loop"]])
+def test_fewer_than_five_runs_are_refused(parsed, names):
+  parsed.only, parsed.runs = names, 4
+  with pytest.raises(ConfigError, match="--runs: must be at least 5, got 4"):
+    bench.main(["bench"])
+
+
+def test_the_sweep_may_run_less_often(tmp_path, monkeypatch, parsed):
+  asked = []
+  sections = {"sweep": lambda runs: asked.append(runs) or _section(0.96, 0.95)}
+  monkeypatch.setattr(bench, "SECTIONS", sections)
+  parsed.only, parsed.runs, parsed.out = ["sweep"], 2, str(tmp_path)
+  bench.main(["bench"])
+  assert asked == [2]
+
+
+def test_what_is_missing_is_left_out_unless_it_is_asked_for(monkeypatch):
+  def peers(runs):
+    raise ConfigError(f"peers: no PyTorch for {runs} runs.")
+
+  monkeypatch.setattr(bench, "SECTIONS", {"peers": peers})
+  monkeypatch.setattr(bench, "OPTIONAL", {"peers": lambda: "no PyTorch."})
+  monkeypatch.setattr(bench, "RUNS", types.SimpleNamespace(value=5))
+  section = bench.measure("peers", asked=False)
+  assert section.notes == ["left out: no PyTorch."]
+  assert section.checks == ()
+  with pytest.raises(ConfigError, match="no PyTorch for 5 runs"):
+    bench.measure("peers", asked=True)
+
+
+def test_sections_that_were_measured_stay_when_a_later_one_fails(
+  tmp_path, monkeypatch, parsed
+):
+  def fail(runs):
+    raise ConfigError(f"failed before {runs} runs.")
+
+  sections = {"loop": lambda runs: _section(0.96, 0.95), "startup": fail}
+  monkeypatch.setattr(bench, "SECTIONS", sections)
+  parsed.only, parsed.out = ["loop", "startup"], str(tmp_path)
+  with pytest.raises(ConfigError, match="failed before"):
+    bench.main(["bench"])
+  found = json.loads((tmp_path / "bench.json").read_text())
+  assert list(found["sections"]) == ["loop"]
