@@ -2,27 +2,19 @@
 
 import io
 import json
-import time
 import types
 
 import jax
-import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from rich.console import Console
 
-from gradlab import metrics
-from gradlab.experiment import build
+from gradlab.launch import _bench_report as report
 from gradlab.launch import (
-  _bench_loop,
-  _bench_loops,
-  _bench_programs,
-  _bench_startup,
   _bench_updates,
   bench,
 )
-from gradlab.launch import _bench_report as report
 from gradlab.types import ConfigError
 
 
@@ -147,117 +139,6 @@ def test_a_row_without_a_target_and_a_note(tmp_path):
 )
 def test_brief_keeps_three_digits(values, shown):
   assert report.brief(values) == shown
-
-
-def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
-  pipeline = build(_bench_loop.digits_config(120, 0))
-  folder = _bench_loops.gradlab_loop(pipeline, tmp_path)()
-  written = [
-    record
-    for record in metrics.read(folder / "metrics.jsonl")
-    if record["split"] == "train"
-  ]
-  assert [record["step"] for record in written] == [50, 100, 120]
-  assert [path.name for path in (folder / "checkpoints" / "train").iterdir()] == ["120"]
-  dispatches = _bench_loops.bare_loop(pipeline)()
-  for name in ("loss", "accuracy"):
-    values = np.concatenate([np.asarray(found[name]) for found in dispatches])
-    means = [np.mean(part) for part in np.split(values, [50, 100])]
-    # float32, summed in another order, carried through 120 steps
-    np.testing.assert_allclose([record[name] for record in written], means, rtol=1e-4)
-
-
-def test_loop_section(monkeypatch):
-  wide = _bench_loop.wide_config(32, steps=4, batch_size=8)
-  monkeypatch.setattr(_bench_loop, "step_config", lambda steps: (wide, 9.87))
-  section = _bench_loop.measure(2, steps=4)
-  assert [record["name"] for record in section.records] == [
-    "digits: at the end",
-    "digits: every 1000 steps",
-    "9.9 ms steps: every 100 steps",
-  ]
-  targets = [0.95, 0.95, 0.97]
-  for record, check, target in zip(
-    section.records, section.checks, targets, strict=True
-  ):
-    ours, bare = record["gradlab"]["runs"], record["bare"]["runs"]
-    assert record["ratio"]["runs"] == [a / b for a, b in zip(ours, bare, strict=True)]
-    assert len(ours) == 2
-    assert check == (record["ratio"]["median"], target, True)
-  assert "2 x 32 units on batches of 8" in section.notes[0]
-
-
-def test_loop_target_is_held_to_the_median_of_the_pairs():
-  rows = [
-    _bench_loop.Row("a", _bench_loop.digits_config(10, 0), 0.95),
-    _bench_loop.Row("b", _bench_loop.digits_config(10, 0), 0.97),
-  ]
-  rates = [([95.0, 190.0, 10.0], [100.0, 200.0, 100.0]), ([96.0], [100.0])]
-  section = _bench_loop.section(rows, rates, "")
-  assert [check.value for check in section.checks] == [0.95, 0.96]
-  assert [check.met for check in section.checks] == [True, False]
-
-
-def test_the_width_of_a_long_step_keeps_to_its_limit():
-  config, milliseconds = _bench_loop.step_config(
-    7, milliseconds=1e3, batch_size=8, widest=96
-  )
-  assert config.model.features == (96, 96)
-  assert config.stages.train.steps == 7
-  assert config.stages.train.checkpoint_every == 100
-  assert 0 < milliseconds < 1e3
-
-
-ABLATION = """
-from ml_collections import ConfigDict
-
-from gradlab.sweeps import choices, seeds
-
-
-def get_config():
-  return ConfigDict({
-    "data": {"name": "digits"},
-    "model": {"name": "mlp", "features": (2,)},
-    "stages": {"train": {
-      "steps": 2, "batch_size": 2, "eval_every": 1,
-      "objective": {"name": "cross_entropy"},
-      "update": {"adamw": {"learning_rate": 1e-3}},
-    }},
-  })
-
-
-def sweep_rule():
-  return choices("stages.train.batch_size", (2,))
-
-
-def sweep_seed():
-  return seeds(2)
-"""
-
-
-def test_startup_ends_at_the_first_metrics(tmp_path):
-  config = tmp_path / "ablation.py"
-  config.write_text(ABLATION)
-  begun = time.monotonic()
-  section = _bench_startup.measure(1, config)
-  elapsed = time.monotonic() - begun
-  cold, warm = section.records
-  measured = [cold["first_step"], warm["first_step"], cold["imports"]]
-  assert all(seconds["median"] > 0 for seconds in measured)
-  assert sum(seconds["median"] for seconds in measured) < elapsed
-  assert [check.limit for check in section.checks] == [10.0, 6.0]
-
-
-def test_a_sweep_that_takes_no_step_is_reported(tmp_path):
-  config = tmp_path / "ablation.py"
-  config.write_text(ABLATION.replace("train.batch_size", "train.no_such"))
-  with pytest.raises(RuntimeError, match="no_such"):
-    _bench_startup.first_step(config, tmp_path / "cache")
-
-
-def test_a_program_that_fails_is_reported(tmp_path):
-  with pytest.raises(RuntimeError, match="No module named 'no_such'"):
-    _bench_programs.seconds_until(["-c", "import no_such"], tmp_path)
 
 
 @pytest.fixture
