@@ -11,18 +11,8 @@ from absl.testing import flagsaver
 from rich.console import Console
 
 from gradlab.launch import _bench_report as report
-from gradlab.launch import (
-  _bench_updates,
-  bench,
-)
+from gradlab.launch import _bench_updates, bench
 from gradlab.types import ConfigError
-
-
-@pytest.fixture(autouse=True)
-def _jaxs_own_promotion():
-  """optax.adamw, the baseline, does not run under strict promotion."""
-  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-    yield
 
 
 def _section(value, limit, at_least=False):
