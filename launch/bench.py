@@ -17,35 +17,32 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from gradlab import catalog
-from gradlab.launch import (
-  _bench_checkpoint,
-  _bench_decoder,
-  _bench_loop,
-  _bench_methods,
-  _bench_peers,
-  _bench_startup,
-  _bench_sweep,
-  _bench_torch,
-  _bench_updates,
-  _main,
-)
-from gradlab.launch import _bench_report as report
+from gradlab.launch import _main
+from gradlab.launch._bench import checkpoint as bench_checkpoint
+from gradlab.launch._bench import decoder as bench_decoder
+from gradlab.launch._bench import loop as bench_loop
+from gradlab.launch._bench import methods as bench_methods
+from gradlab.launch._bench import peers as bench_peers
+from gradlab.launch._bench import report, torch
+from gradlab.launch._bench import startup as bench_startup
+from gradlab.launch._bench import sweep as bench_sweep
+from gradlab.launch._bench import updates as bench_updates
 from gradlab.types import ConfigError
 
 SECTIONS: dict[str, Callable[[int], report.Section]] = {
-  "loop": _bench_loop.measure,
-  "startup": _bench_startup.measure,
-  "updates": _bench_updates.measure,
-  "methods": _bench_methods.measure,
-  "peers": _bench_peers.measure,
-  "checkpoint": _bench_checkpoint.measure,
-  "decoder": _bench_decoder.measure,
-  "sweep": _bench_sweep.measure,
+  "loop": bench_loop.measure,
+  "startup": bench_startup.measure,
+  "updates": bench_updates.measure,
+  "methods": bench_methods.measure,
+  "peers": bench_peers.measure,
+  "checkpoint": bench_checkpoint.measure,
+  "decoder": bench_decoder.measure,
+  "sweep": bench_sweep.measure,
 }
 # Why a section is left out unless --only asks for it; "" when it is not.
 OPTIONAL: dict[str, Callable[[], str]] = {
-  "peers": _bench_torch.missing,
-  "decoder": _bench_decoder.missing,
+  "peers": torch.missing,
+  "decoder": bench_decoder.missing,
 }
 FEWEST_RUNS = 5
 # One run of its baseline takes minutes.

@@ -13,13 +13,10 @@ from absl import flags
 from rich.console import Console
 
 from gradlab import runfolder
-from gradlab.launch import (
-  _main,
-  _report_page,
-  _report_png,
-  _report_summary,
-  _report_tables,
-)
+from gradlab.launch import _main
+from gradlab.launch._report import page, png
+from gradlab.launch._report import summary as report_summary
+from gradlab.launch._report import tables as report_tables
 from gradlab.types import ConfigError
 
 FILES = (
@@ -55,20 +52,20 @@ def write(
   Raises:
     ConfigError: a folder without runs or that cannot be written, or an unknown metric.
   """
-  summary = _report_summary.summarise(folder, title, metric)
+  summary = report_summary.summarise(folder, title, metric)
   written = _write(summary)
   if console is not None:
-    console.print(_report_tables.terminal(summary))
+    console.print(report_tables.terminal(summary))
   return written
 
 
-def _write(summary: _report_summary.Summary) -> list[pathlib.Path]:
-  writers: dict[str, Callable[[_report_summary.Summary], str | bytes]] = {
-    "report.html": _report_page.page,
-    **_report_png.drawings(summary),
-    "table.csv": _report_tables.arms_csv,
-    "settings.csv": _report_tables.settings_csv,
-    "table.md": _report_tables.markdown,
+def _write(summary: report_summary.Summary) -> list[pathlib.Path]:
+  writers: dict[str, Callable[[report_summary.Summary], str | bytes]] = {
+    "report.html": page.page,
+    **png.drawings(summary),
+    "table.csv": report_tables.arms_csv,
+    "settings.csv": report_tables.settings_csv,
+    "table.md": report_tables.markdown,
   }
   target = summary.sweep.folder / "report"
   try:

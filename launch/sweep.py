@@ -24,10 +24,11 @@ from rich.console import Console
 
 from gradlab import pipeline, runfolder, schema
 from gradlab.arms import Arm
-from gradlab.launch import _config_flag, _main, _sweep_plan, report
-from gradlab.launch._executors import Executor, Job
-from gradlab.launch._local import Local
-from gradlab.launch._sweep_table import Board, Line
+from gradlab.launch import _config_flag, _main, report
+from gradlab.launch._sweep import plan
+from gradlab.launch._sweep.executors import Executor, Job
+from gradlab.launch._sweep.local import Local
+from gradlab.launch._sweep.table import Board, Line
 from gradlab.types import ConfigError, Interrupted
 
 CONFIG = _config_flag.define_config()
@@ -76,10 +77,11 @@ def locked(folder: Path) -> Iterator[None]:
 def _executor(folder: Path) -> Executor:
   if EXECUTOR.value == "local":
     return Local(folder, max_parallel=MAX_PARALLEL.value)
-  from gradlab.launch import _slurm, _slurm_settings
+  from gradlab.launch._slurm.executor import Slurm
+  from gradlab.launch._slurm.settings import parse_settings
 
-  settings = _slurm_settings.parse_settings(SLURM.value)
-  return _slurm.Slurm(folder, max_parallel=MAX_PARALLEL.value, settings=settings)
+  settings = parse_settings(SLURM.value)
+  return Slurm(folder, max_parallel=MAX_PARALLEL.value, settings=settings)
 
 
 def follow(
@@ -148,11 +150,11 @@ def main(argv: Sequence[str]) -> None:
   console, folder = Console(highlight=False), Path(WORKDIR.value).absolute()
   path = _config_flag.path()
   executor = _executor(folder)
-  changes = _sweep_plan.overrides(path, SWEEP.value)
+  changes = plan.overrides(path, SWEEP.value)
   given = [argument for argument in sys.argv if argument.startswith("--config.")]
   memory = None if MEMORY.value is None else int(MEMORY.value * 2**30)
-  arms = _sweep_plan.make_arms(CONFIG.value, changes, folder, given)
-  _sweep_plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
+  arms = plan.make_arms(CONFIG.value, changes, folder, given)
+  plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
   with schema.within(f"arm {arms[0].name}"):
     pipeline.build(arms[0].config)
   with locked(folder):
@@ -168,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
       ],
     }
     runfolder.write_json(folder / "sweep.json", described)
-    jobs = _sweep_plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
+    jobs = plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
     # while the workers work, this process has time to import what draws
     threading.Thread(target=_import_plots, daemon=True).start()
     lines = follow(jobs, arms, executor, console)

@@ -10,8 +10,9 @@ from absl import flags
 from absl.testing import flagsaver
 from rich.console import Console
 
-from gradlab.launch import _bench_report as report
-from gradlab.launch import _bench_updates, bench
+from gradlab.launch import bench
+from gradlab.launch._bench import report
+from gradlab.launch._bench import updates as bench_updates
 from gradlab.types import ConfigError
 
 
@@ -94,7 +95,7 @@ def _terminal(section):
 
 
 def test_terminal_table_of_the_rules_fits():
-  rule = _bench_updates.Measured(
+  rule = bench_updates.Measured(
     "a_rule_of_length_20",
     [199.0],
     [99.0],
@@ -105,7 +106,7 @@ def test_terminal_table_of_the_rules_fits():
     memory_ratio=1.25,
     peak_bytes=1,
   )
-  text = _terminal(_bench_updates.section([rule], 20_000_000))
+  text = _terminal(bench_updates.section([rule], 20_000_000))
   assert "…" not in text
   assert "a_rule_of_length_20 " in text
   assert "missed" in text

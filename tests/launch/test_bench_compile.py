@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gradlab.launch import _bench_compile
+from gradlab.launch._bench import compile
 
 
 def _twice(x):
@@ -12,8 +12,8 @@ def _twice(x):
 
 def test_memory_is_arguments_and_results():
   x = jnp.zeros(1000, jnp.float32)
-  assert _bench_compile.build(_twice, (x,)).peak_bytes == 8000
-  assert _bench_compile.build(_twice, (x,), donate=(0,)).peak_bytes == 4000
+  assert compile.build(_twice, (x,)).peak_bytes == 8000
+  assert compile.build(_twice, (x,), donate=(0,)).peak_bytes == 4000
 
 
 def test_every_build_traces_and_compiles_anew(tmp_path):
@@ -25,10 +25,10 @@ def test_every_build_traces_and_compiles_anew(tmp_path):
 
   jax.config.update("jax_compilation_cache_dir", str(tmp_path))
   try:
-    built = [_bench_compile.build(function, (jnp.ones(3),)) for _ in range(3)]
+    built = [compile.build(function, (jnp.ones(3),)) for _ in range(3)]
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
-    _bench_compile.compilation_cache.reset_cache()
+    compile.compilation_cache.reset_cache()
   assert len(traced) == 3
   assert all(each.seconds > 0 for each in built)
   assert not list(tmp_path.iterdir())
@@ -37,5 +37,5 @@ def test_every_build_traces_and_compiles_anew(tmp_path):
 
 def test_the_built_function_is_the_function():
   x = jnp.arange(3, dtype=jnp.float32)
-  built = _bench_compile.build(_twice, (x,))
+  built = compile.build(_twice, (x,))
   assert jnp.allclose(built.run(x), _twice(x))

@@ -6,7 +6,7 @@ import pytest
 
 from gradlab import metrics
 from gradlab.experiment import build
-from gradlab.launch import _bench_loop, _bench_loops
+from gradlab.launch._bench import loop, loops
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +17,8 @@ def _jaxs_own_promotion():
 
 
 def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
-  pipeline = build(_bench_loop.digits_config(120, 0))
-  folder = _bench_loops.gradlab_loop(pipeline, tmp_path)()
+  pipeline = build(loop.digits_config(120, 0))
+  folder = loops.gradlab_loop(pipeline, tmp_path)()
   written = [
     record
     for record in metrics.read(folder / "metrics.jsonl")
@@ -26,7 +26,7 @@ def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
   ]
   assert [record["step"] for record in written] == [50, 100, 120]
   assert [path.name for path in (folder / "checkpoints" / "train").iterdir()] == ["120"]
-  dispatches = _bench_loops.bare_loop(pipeline)()
+  dispatches = loops.bare_loop(pipeline)()
   for name in ("loss", "accuracy"):
     values = np.concatenate([np.asarray(found[name]) for found in dispatches])
     means = [np.mean(part) for part in np.split(values, [50, 100])]
@@ -35,9 +35,9 @@ def test_the_bare_loop_takes_the_steps_of_gradlabs_loop(tmp_path):
 
 
 def test_loop_section(monkeypatch):
-  wide = _bench_loop.wide_config(32, steps=4, batch_size=8)
-  monkeypatch.setattr(_bench_loop, "step_config", lambda steps: (wide, 9.87))
-  section = _bench_loop.measure(2, steps=4)
+  wide = loop.wide_config(32, steps=4, batch_size=8)
+  monkeypatch.setattr(loop, "step_config", lambda steps: (wide, 9.87))
+  section = loop.measure(2, steps=4)
   assert [record["name"] for record in section.records] == [
     "digits: at the end",
     "digits: every 1000 steps",
@@ -56,19 +56,17 @@ def test_loop_section(monkeypatch):
 
 def test_loop_target_is_held_to_the_median_of_the_pairs():
   rows = [
-    _bench_loop.Row("a", _bench_loop.digits_config(10, 0), 0.95),
-    _bench_loop.Row("b", _bench_loop.digits_config(10, 0), 0.97),
+    loop.Row("a", loop.digits_config(10, 0), 0.95),
+    loop.Row("b", loop.digits_config(10, 0), 0.97),
   ]
   rates = [([95.0, 190.0, 10.0], [100.0, 200.0, 100.0]), ([96.0], [100.0])]
-  section = _bench_loop.section(rows, rates, "")
+  section = loop.section(rows, rates, "")
   assert [check.value for check in section.checks] == [0.95, 0.96]
   assert [check.met for check in section.checks] == [True, False]
 
 
 def test_the_width_of_a_long_step_keeps_to_its_limit():
-  config, milliseconds = _bench_loop.step_config(
-    7, milliseconds=1e3, batch_size=8, widest=96
-  )
+  config, milliseconds = loop.step_config(7, milliseconds=1e3, batch_size=8, widest=96)
   assert config.model.features == (96, 96)
   assert config.stages.train.steps == 7
   assert config.stages.train.checkpoint_every == 100

@@ -4,10 +4,12 @@ import jax
 import pytest
 
 from gradlab import catalog
-from gradlab.launch import _bench_cases, _bench_methods, _bench_work
-from gradlab.launch._bench_tree import Sizes
+from gradlab.launch._bench import cases as bench_cases
+from gradlab.launch._bench import methods
+from gradlab.launch._bench import work as bench_work
+from gradlab.launch._bench.tree import Sizes
 
-TINY = _bench_work.Scale(
+TINY = bench_work.Scale(
   tree=Sizes(layers=1, width=8, vocabulary=16),
   sources=3,
   features=(8,),
@@ -27,16 +29,16 @@ def _jaxs_own_promotion():
 
 @pytest.fixture(scope="module")
 def work():
-  return _bench_work.workload(TINY)
+  return bench_work.workload(TINY)
 
 
 def test_the_table_names_methods_of_the_catalogue():
-  assert set(_bench_cases.CASES) <= set(catalog.methods())
+  assert set(bench_cases.CASES) <= set(catalog.methods())
 
 
 @pytest.mark.parametrize("name", ["backprop", "mean", "gradient_reversal"])
 def test_a_method_and_its_baseline_return_as_much(work, name):
-  case = _bench_cases.CASES[name](work)
+  case = bench_cases.CASES[name](work)
   ours, baseline = (
     jax.tree.leaves(jax.eval_shape(function, *case.arguments))
     for function in (case.ours, case.baseline)
@@ -45,7 +47,7 @@ def test_a_method_and_its_baseline_return_as_much(work, name):
 
 
 def test_a_compressor_says_what_it_sends(work):
-  case = _bench_cases.CASES["sketched_first_order"](work)
+  case = bench_cases.CASES["sketched_first_order"](work)
   grads = jax.tree.leaves(work.grads)
   sent = sum(max(1, round(0.1 * leaf.size)) for leaf in grads)
   assert case.message == sent / sum(leaf.size for leaf in grads)
@@ -53,10 +55,10 @@ def test_a_compressor_says_what_it_sends(work):
 
 def test_section_measures_what_has_a_line_and_names_the_rest(monkeypatch):
   names = ("mean", "top_k", "pgd", "squared_error")
-  cases = {name: _bench_cases.CASES[name] for name in names}
-  monkeypatch.setattr(_bench_methods, "CASES", cases)
-  monkeypatch.setattr(_bench_methods, "RUN_SECONDS", 0.0)
-  section = _bench_methods.measure(2, TINY)
+  cases = {name: bench_cases.CASES[name] for name in names}
+  monkeypatch.setattr(methods, "CASES", cases)
+  monkeypatch.setattr(methods, "RUN_SECONDS", 0.0)
+  section = methods.measure(2, TINY)
   assert [record["name"] for record in section.records] == list(names)
   assert section.checks == [None] * 4
   rest = [
@@ -76,8 +78,8 @@ def test_section_measures_what_has_a_line_and_names_the_rest(monkeypatch):
     assert len(record["compile_ratio"]["runs"]) == 2
 
 
-@pytest.mark.parametrize("name", list(_bench_cases.CASES))
+@pytest.mark.parametrize("name", list(bench_cases.CASES))
 def test_every_case_can_be_compiled(work, name):
-  case = _bench_cases.CASES[name](work)
+  case = bench_cases.CASES[name](work)
   for function in (case.ours, case.baseline):
     jax.eval_shape(function, *case.arguments)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gradlab.launch import _bench_programs, _bench_startup
+from gradlab.launch._bench import programs, startup
 
 ABLATION = """
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ def test_startup_ends_at_the_first_metrics(tmp_path):
   config = tmp_path / "ablation.py"
   config.write_text(ABLATION)
   begun = time.monotonic()
-  section = _bench_startup.measure(1, config)
+  section = startup.measure(1, config)
   elapsed = time.monotonic() - begun
   cold, warm = section.records
   measured = [cold["first_step"], warm["first_step"], cold["imports"]]
@@ -50,9 +50,9 @@ def test_a_sweep_that_takes_no_step_is_reported(tmp_path):
   config = tmp_path / "ablation.py"
   config.write_text(ABLATION.replace("train.batch_size", "train.no_such"))
   with pytest.raises(RuntimeError, match="no_such"):
-    _bench_startup.first_step(config, tmp_path / "cache")
+    startup.first_step(config, tmp_path / "cache")
 
 
 def test_a_program_that_fails_is_reported(tmp_path):
   with pytest.raises(RuntimeError, match="No module named 'no_such'"):
-    _bench_programs.seconds_until(["-c", "import no_such"], tmp_path)
+    programs.seconds_until(["-c", "import no_such"], tmp_path)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from gradlab.launch import _bench_sweep
+from gradlab.launch._bench import sweep as bench_sweep
 
-TINY = _bench_sweep.Sizes(rates=1, seeds=2, steps=3)
+TINY = bench_sweep.Sizes(rates=1, seeds=2, steps=3)
 
 
 def test_a_sweep_and_a_separate_run_finish_the_same_arms(tmp_path):
-  bench = _bench_sweep.Bench(tmp_path, TINY)
+  bench = bench_sweep.Bench(tmp_path, TINY)
   assert bench.sweep() > 0
   described = json.loads((tmp_path / "run_1" / "sweep.json").read_text())
   arms = [arm["overrides"] for arm in described["arms"]]
@@ -29,7 +29,7 @@ def test_a_sweep_and_a_separate_run_finish_the_same_arms(tmp_path):
 
 
 def test_an_arm_that_does_not_finish_is_an_error(tmp_path):
-  bench = _bench_sweep.Bench(tmp_path, TINY)
+  bench = bench_sweep.Bench(tmp_path, TINY)
   with pytest.raises(RuntimeError, match="0 of 2 arms finished"):
     bench._check(iter([tmp_path]), 2)
 
@@ -47,9 +47,9 @@ def test_the_first_sweep_is_cold_and_the_first_separate_run_does_not_count(
     calls.append(len(arms))
     return 300.0
 
-  monkeypatch.setattr(_bench_sweep.Bench, "sweep", sweep)
-  monkeypatch.setattr(_bench_sweep.Bench, "separate", separate)
-  section = _bench_sweep.measure(2)
+  monkeypatch.setattr(bench_sweep.Bench, "sweep", sweep)
+  monkeypatch.setattr(bench_sweep.Bench, "separate", separate)
+  section = bench_sweep.measure(2)
   assert calls == ["sweep", "sweep", "sweep", 1, 64]
   warm, cold = section.records
   assert warm["ratio"]["runs"] == [15.0, 15.0]

@@ -6,10 +6,11 @@ import optax
 import pytest
 
 from gradlab import catalog
-from gradlab.launch import _bench_tree, _bench_updates
+from gradlab.launch._bench import tree
+from gradlab.launch._bench import updates as bench_updates
 from gradlab.types import Method
 
-TINY = _bench_tree.Sizes(layers=1, width=4, vocabulary=8)
+TINY = tree.Sizes(layers=1, width=4, vocabulary=8)
 
 
 @pytest.fixture(autouse=True)
@@ -20,30 +21,30 @@ def _jaxs_own_promotion():
 
 
 def test_default_tree_has_twenty_million_parameters():
-  params = _bench_tree.parameters(_bench_tree.Sizes())
-  assert abs(_bench_tree.count(params) - 20e6) < 0.1e6
-  assert _bench_tree.tree_bytes(params) == 4 * _bench_tree.count(params)
+  params = tree.parameters(tree.Sizes())
+  assert abs(tree.count(params) - 20e6) < 0.1e6
+  assert tree.tree_bytes(params) == 4 * tree.count(params)
 
 
 @pytest.mark.parametrize(
   ("name", "arrays"), [("adamw", 2), ("diffgrad", 3), ("adan", 4)]
 )
 def test_bytes_are_counted_from_the_arrays(name, arrays):
-  params = _bench_tree.parameters(TINY)
-  rule = _bench_updates.build(catalog.methods()[name])
-  stepper = _bench_updates.Stepper(rule, params)
+  params = tree.parameters(TINY)
+  rule = bench_updates.build(catalog.methods()[name])
+  stepper = bench_updates.Stepper(rule, params)
   counters = sum(
     4 for leaf in jax.tree.leaves(rule.init(params)) if leaf.dtype == np.int32
   )
-  state = 4 * arrays * _bench_tree.count(params) + counters
+  state = 4 * arrays * tree.count(params) + counters
   assert stepper.state_bytes == state
-  assert stepper.moved_bytes == 3 * 4 * _bench_tree.count(params) + 2 * state
+  assert stepper.moved_bytes == 3 * 4 * tree.count(params) + 2 * state
 
 
 def test_the_timed_steps_are_the_rules_steps():
-  params, grads = (_bench_tree.parameters(TINY, seed) for seed in (0, 1))
+  params, grads = (tree.parameters(TINY, seed) for seed in (0, 1))
   rule = optax.adamw(1e-3)
-  found = _bench_updates.Stepper(rule, params).run(grads, 3)
+  found = bench_updates.Stepper(rule, params).run(grads, 3)
   expected, state = params, rule.init(params)
   for _ in range(3):
     updates, state = rule.update(grads, state, expected)
@@ -55,7 +56,7 @@ def test_the_timed_steps_are_the_rules_steps():
 
 
 def test_updates_section_has_every_rule():
-  section = _bench_updates.measure(1, TINY, steps=1)
+  section = bench_updates.measure(1, TINY, steps=1)
   rules = [m.name for m in catalog.methods().values() if m.family == "updates"]
   assert [record["name"] for record in section.records] == rules
   for record, check in zip(section.records, section.checks, strict=True):
@@ -68,20 +69,20 @@ def test_updates_section_has_every_rule():
     assert record["compile_ratio"]["runs"] == [a / b for a, b in compiled]
   adamw = section.records[rules.index("adamw")]
   assert adamw["byte_ratio"] == 1.0
-  count = _bench_tree.count(_bench_tree.parameters(TINY))
+  count = tree.count(tree.parameters(TINY))
   assert adamw["state_bytes_per_parameter"] == 8 + 4 / count
 
 
 def test_peak_memory_counts_donated_arrays_once():
-  params = _bench_tree.parameters(TINY)
-  stepper = _bench_updates.Stepper(optax.sgd(1e-3), params)
-  least = 2 * _bench_tree.tree_bytes(params)
+  params = tree.parameters(TINY)
+  stepper = bench_updates.Stepper(optax.sgd(1e-3), params)
+  least = 2 * tree.tree_bytes(params)
   # The table of the results' addresses and scratch space, not a copy of the tree.
-  assert least <= stepper.peak_bytes < least + _bench_tree.tree_bytes(params)
+  assert least <= stepper.peak_bytes < least + tree.tree_bytes(params)
 
 
 def test_time_is_divided_by_bytes():
-  rule = _bench_updates.Measured(
+  rule = bench_updates.Measured(
     "adan",
     [30.0, 9.0, 40.0],
     [10.0, 5.0, 20.0],
@@ -92,7 +93,7 @@ def test_time_is_divided_by_bytes():
     memory_ratio=1.5,
     peak_bytes=1,
   )
-  section = _bench_updates.section([rule], 100)
+  section = bench_updates.section([rule], 100)
   assert section.records[0]["ratio"]["runs"] == [3.0, 1.8, 2.0]
   assert section.records[0]["compile_ratio"]["median"] == 0.5
   assert section.checks == [(1.25, 1.25, False)]
@@ -103,4 +104,4 @@ def test_a_rule_without_defaults_is_named():
     del learning_rate, radius
 
   with pytest.raises(ValueError, match="rule needs radius; the benchmark gives"):
-    _bench_updates.build(Method("rule", "updates", rule, "", ""))
+    bench_updates.build(Method("rule", "updates", rule, "", ""))

@@ -9,11 +9,9 @@ import pytest
 from matplotlib import image
 from scipy import stats
 
-from gradlab.launch import (
-  _report_figures,
-  _report_summary,
-  report,
-)
+from gradlab.launch import report
+from gradlab.launch._report import figures
+from gradlab.launch._report import summary as report_summary
 from gradlab.types import ConfigError
 from tests.launch import report_folders as folders
 
@@ -23,7 +21,7 @@ RATE = f"{UPDATE}.adamw.learning_rate"
 
 
 def summary(folder, metric=""):
-  return _report_summary.summarise(folder, None, metric)
+  return report_summary.summarise(folder, None, metric)
 
 
 def rows(path):
@@ -144,11 +142,11 @@ def test_colours_follow_the_choice_and_dashes_the_rate(sweep):
 
 def test_figures_depend_on_how_much_is_swept(sweep, tmp_path):
   found = summary(sweep)
-  heat = _report_figures.heat(found)
+  heat = figures.heat(found)
   assert heat is not None
   assert (heat.x, heat.y) == (["0.1", "0.2"], ["adan", "adamw"])
   assert heat.rows == [[0, 1], [2, 3]]
-  assert _report_figures.parallel(found) is None
+  assert figures.parallel(found) is None
   names = {path.name for path in report.write(sweep)}
   assert {"curves.png", "settings.png", "heatmap.png"} <= names
   arms = [
@@ -159,7 +157,7 @@ def test_figures_depend_on_how_much_is_swept(sweep, tmp_path):
   ]
   folder = folders.write_sweep(tmp_path / "three", arms, points=3)
   three = summary(folder)
-  parallel = _report_figures.parallel(three)
+  parallel = figures.parallel(three)
   assert parallel is not None
   assert [axis.name for axis in parallel.axes] == [
     "learning_rate",
@@ -194,7 +192,7 @@ def test_setting_that_a_method_lacks_has_its_place_in_the_grid(tmp_path):
   arms = [({UPDATE: {"adan": {}}, f"{UPDATE}.adan.b1": b}, 0.9) for b in (0.8, 0.9)]
   folder = folders.write_sweep(tmp_path / "s", [*arms, ({UPDATE: {"sgd": {}}}, 0.5)])
   found = summary(folder)
-  heat = _report_figures.heat(found)
+  heat = figures.heat(found)
   assert heat is not None
   assert heat.x == ["0.8", "0.9", "unset"]
   assert heat.rows == [[0, 1, None], [None, None, 2]]

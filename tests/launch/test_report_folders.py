@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gradlab import pipeline
-from gradlab.launch import _report_summary, report
+from gradlab.launch import report
+from gradlab.launch._report import summary as report_summary
 from gradlab.types import ConfigError
 from tests.launch import report_folders as folders
 
@@ -18,7 +19,7 @@ RATE = "stages.train.update.adamw.learning_rate"
 
 
 def summary(folder, metric=""):
-  return _report_summary.summarise(folder, None, metric)
+  return report_summary.summarise(folder, None, metric)
 
 
 def rows(path):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gradlab.launch import _report_style, report
+from gradlab.launch import report
+from gradlab.launch._report import style
 from tests.launch import browser as browsers
 from tests.launch import report_folders as folders
 
@@ -217,7 +218,7 @@ def test_colour_scheme_may_change_while_the_page_is_open(opened):
   scroll_to(opened, "[data-panel='0']")
   colour = "document.querySelector('[data-panel=\"0\"]')._fullData.at(-1).line.color"
   light = opened.page.evaluate(colour)
-  (blue, lifted), *_ = _report_style.HUES
+  (blue, lifted), *_ = style.HUES
   for scheme, ink in (("dark", lifted), ("light", blue)):
     opened.page.emulate_media(color_scheme=scheme)
     line = opened.page.locator(f"#legend line[stroke='{ink}']").first

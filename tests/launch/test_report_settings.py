@@ -1,11 +1,8 @@
 """What a report takes for swept, and the names, groups and colours that follow."""
 
-from gradlab.launch import (
-  _report_config,
-  _report_load,
-  _report_settings,
-  _report_style,
-)
+from gradlab.launch._report import config as report_config
+from gradlab.launch._report import load, style
+from gradlab.launch._report import settings as report_settings
 from tests.launch import report_folders as folders
 
 UPDATE = "stages.train.update"
@@ -13,12 +10,12 @@ RATE = f"{UPDATE}.adamw.learning_rate"
 
 
 def arms_of(overrides):
-  empty = _report_load.Arm("", "waiting", None, None, {}, {}, None, {}, "", ())
+  empty = load.Arm("", "waiting", None, None, {}, {}, None, {}, "", ())
   return [empty._replace(overrides=dict(o)) for o in overrides]
 
 
 def columns_of(arms):
-  columns, seeds = _report_settings.swept(arms)
+  columns, seeds = report_settings.swept(arms)
   return {c.name: c.values for c in columns}, seeds
 
 
@@ -102,20 +99,20 @@ def test_configs_tell_what_is_swept_where_no_plan_does():
 
 def test_config_differences_and_what_is_shared():
   first, second = folders.config({"seed": 1}), folders.config({"seed": 2, RATE: 0.5})
-  assert _report_config.differing([first, second]) == {
+  assert report_config.differing([first, second]) == {
     "seed": [1, 2],
     RATE: [1e-3, 0.5],
   }
-  common = _report_config.shared([first, second])
+  common = report_config.shared([first, second])
   assert "seed" not in common
   assert common["data"] == {"name": "digits"}
 
 
 def test_many_settings_share_few_groups():
   rates = tuple(float(i) for i in range(1, 101))
-  column = _report_settings.Column("rate", ("a.rate",), rates, True)
-  settings = _report_settings.settings([column], 100)
-  legend, groups, index = _report_style.groups([column], settings)
+  column = report_settings.Column("rate", ("a.rate",), rates, True)
+  settings = report_settings.settings([column], 100)
+  legend, groups, index = style.groups([column], settings)
   assert legend == "rate"
   assert len(groups) == 8
   assert index == sorted(index)

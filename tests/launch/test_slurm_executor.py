@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gradlab.launch import _slurm_jobs, _slurm_queue, _slurm_settings
-from gradlab.launch._executors import Job
-from gradlab.launch._slurm import Slurm
-from gradlab.launch._slurm_jobs import Submission
-from gradlab.launch._slurm_queue import Row
+from gradlab.launch._slurm import jobs, queue
+from gradlab.launch._slurm import settings as slurm_settings
+from gradlab.launch._slurm.executor import Slurm
+from gradlab.launch._slurm.jobs import Submission
+from gradlab.launch._slurm.queue import Row
+from gradlab.launch._sweep.executors import Job
 from gradlab.types import ConfigError
 from tests.launch import programs, runs
 
@@ -48,7 +49,7 @@ def write(file: Path, body: str) -> None:
   ],
 )
 def test_settings_are_read(text: str, settings: dict[str, object]) -> None:
-  assert _slurm_settings.parse_settings(text) == settings
+  assert slurm_settings.parse_settings(text) == settings
 
 
 @pytest.mark.parametrize(
@@ -65,15 +66,15 @@ def test_settings_are_read(text: str, settings: dict[str, object]) -> None:
 )
 def test_a_bad_setting_is_one_sentence(text: str, said: str) -> None:
   with pytest.raises(ConfigError, match=re.escape(said)):
-    _slurm_settings.parse_settings(text)
+    slurm_settings.parse_settings(text)
 
 
 def test_defaults_give_way_to_what_takes_their_place() -> None:
-  assert _slurm_settings.complete({"time": 5}) == {
-    **_slurm_settings.DEFAULTS,
+  assert slurm_settings.complete({"time": 5}) == {
+    **slurm_settings.DEFAULTS,
     "time": 5,
   }
-  given = _slurm_settings.complete({"mem_per_cpu": "2GB"})
+  given = slurm_settings.complete({"mem_per_cpu": "2GB"})
   assert "mem" not in given
 
 
@@ -102,12 +103,12 @@ def test_without_slurm_the_program_says_so_and_writes_nothing(tmp_path: Path) ->
 
 def test_the_queue_is_read_by_id(commands: Path) -> None:
   write(commands / "squeue", SQUEUE)
-  assert _slurm_queue.rows() == {
+  assert queue.rows() == {
     "12_0": Row("gradlab-1", "RUNNING"),
     "12_1": Row("gradlab-1", "PENDING"),
   }
   write(commands / "squeue", "exit 1")
-  assert _slurm_queue.rows() is None
+  assert queue.rows() is None
 
 
 def test_a_queue_that_does_not_answer_ends_the_submission(
@@ -126,7 +127,7 @@ def test_what_waits_is_dropped_before_what_runs_is_asked_to_end(
   # the queue is empty once the running job was asked
   asked = f"grep -q TERM {commands / 'calls'} || {{ {SQUEUE}; }}"
   write(commands / "squeue", asked)
-  _slurm_queue.end(["12_0", "12_1"], patience=60.0)
+  queue.end(["12_0", "12_1"], patience=60.0)
   calls = (commands / "calls").read_text().splitlines()
   cancelled = [call for call in calls if call.startswith("scancel")]
   assert cancelled == ["scancel 12_1", "scancel --signal=TERM 12_0.0"]
@@ -135,15 +136,15 @@ def test_what_waits_is_dropped_before_what_runs_is_asked_to_end(
 def test_submissions_are_found_by_name_and_dropped_when_over(tmp_path: Path) -> None:
   lost = Submission("gradlab-1", None, (("a",), ("b",)))
   over = Submission("gradlab-2", "11", (("c",),))
-  _slurm_jobs.write(tmp_path, [lost, over])
+  jobs.write(tmp_path, [lost, over])
   rows = {
     "12_0": Row("gradlab-1", "COMPLETED"),
     "12_1": Row("gradlab-1", "PENDING"),
     "11": Row("gradlab-2", "CANCELLED"),
   }
-  (found,) = _slurm_jobs.read(tmp_path, rows)
+  (found,) = jobs.read(tmp_path, rows)
   assert found == lost._replace(id="12")
-  assert _slurm_jobs.alive(found, rows) == {"12_1": ("b",)}
+  assert jobs.alive(found, rows) == {"12_1": ("b",)}
   (tmp_path / "jobs.json").write_text(json.dumps({"submissions": [{}]}))
   with pytest.raises(ConfigError, match=r"jobs\.json is damaged"):
-    _slurm_jobs.read(tmp_path, rows)
+    jobs.read(tmp_path, rows)

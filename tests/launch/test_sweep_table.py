@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from gradlab.arms import Arm
-from gradlab.launch._sweep_table import Board, Line, clock, read
+from gradlab.launch._sweep.table import Board, Line, clock, read
 
 STEPS = 400
 

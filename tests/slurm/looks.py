@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gradlab.launch import _slurm_queue
+from gradlab.launch._slurm import queue
 
 
 def ids(folder: Path) -> list[str]:
@@ -18,7 +18,7 @@ def ids(folder: Path) -> list[str]:
 
 def alive(folder: Path) -> list[str]:
   """Those that wait or run."""
-  rows = _slurm_queue.rows()
+  rows = queue.rows()
   assert rows is not None
   return [job for job in ids(folder) if job in rows and rows[job].alive]
 

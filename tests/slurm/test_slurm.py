@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gradlab.launch._executors import State
-from gradlab.launch._slurm import TRIES, Slurm
-from gradlab.launch._slurm_worker import Run
+from gradlab.launch._slurm.executor import TRIES, Slurm
+from gradlab.launch._slurm.worker import Run
+from gradlab.launch._sweep.executors import State
 from gradlab.types import ConfigError
 from tests.launch import programs
 from tests.slurm import cluster, work

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gradlab import runfolder
-from gradlab.launch._executors import Job
-from gradlab.launch._slurm import Slurm
+from gradlab.launch._slurm.executor import Slurm
+from gradlab.launch._sweep.executors import Job
 from gradlab.types import Interrupted
 
 SETTINGS = {"time": 20, "cpus_per_task": 1, "mem": "1GB"}

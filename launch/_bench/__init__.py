@@ -1,0 +1,1 @@
+"""What ``gradlab.launch.bench`` measures."""

@@ -1,0 +1,1 @@
+"""What ``gradlab.launch.report`` reads and draws."""

@@ -1,0 +1,1 @@
+"""What ``gradlab.launch.sweep`` plans, runs and shows."""
