@@ -45,7 +45,14 @@ def test_module_list_is_the_package():
   assert walked | {"gradlab"} == set(MODULES)
 
 
-@pytest.mark.parametrize("name", MODULES)
+# The programs themselves define flags, some of the same names.
+PRIVATE = sorted(
+  ".".join(("gradlab", *path.relative_to(ROOT).with_suffix("").parts))
+  for path in (ROOT / "launch").glob("_*/[!_]*.py")
+)
+
+
+@pytest.mark.parametrize("name", MODULES + PRIVATE)
 def test_examples_run(name):
   """Under jax's own settings, as a reader would run them."""
   module = importlib.import_module(name)
