@@ -221,6 +221,7 @@ def git_commit(folder: Path) -> str | None:
   return commit
 
 
+@functools.cache
 def _version(package: str) -> str | None:
   try:
     return importlib.metadata.version(package)

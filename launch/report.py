@@ -68,10 +68,11 @@ def _write(summary: report_summary.Summary) -> list[pathlib.Path]:
     "table.md": report_tables.markdown,
   }
   target = summary.sweep.folder / "report"
+  made = {name: make(summary) for name, make in writers.items()}
   try:
     target.mkdir(exist_ok=True)
-    for name, make in writers.items():
-      runfolder.write_atomic(target / name, make(summary))
+    for name, content in made.items():
+      runfolder.write_atomic(target / name, content)
     for name in FILES:
       if name not in writers:
         (target / name).unlink(missing_ok=True)

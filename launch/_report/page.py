@@ -52,7 +52,11 @@ def page(summary: Summary) -> str:
 
 
 def _asset(name: str) -> str:
-  return resources.files("gradlab.launch").joinpath("assets", name).read_text("utf-8")
+  return (
+    resources.files("gradlab.launch._report")
+    .joinpath("assets", name)
+    .read_text("utf-8")
+  )
 
 
 def _json(value: Any) -> str:

@@ -1,13 +1,11 @@
 """Jobs as processes of this machine, forked from one that has imported everything."""
 
-import multiprocessing
 import signal
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from gradlab.launch._sweep import worker
+from gradlab.launch._sweep import server, worker
 from gradlab.launch._sweep.executors import Job, State
 from gradlab.sweeps import digest
 
@@ -25,10 +23,7 @@ class Local:
     self._logs, self._slots = folder / "logs", max_parallel
     self._jobs: list[Job] = []
     self._processes: list[tuple[BaseProcess, int]] = []
-    self._context = multiprocessing.get_context("forkserver")
-    # It imports and starts no backend, whose threads would not survive the fork.
-    self._context.set_forkserver_preload(["gradlab.launch._sweep.preload"])
-    forkserver.ensure_running()
+    self._context = server.start()
 
   def submit(self, jobs: Sequence[Job]) -> None:
     """Takes all jobs and starts the first ones."""
