@@ -1,10 +1,11 @@
-"""Sweeps: ``python -m gradlab.launch.sweep --config=FILE --workdir=DIR --sweep=NAMES``.
+"""Runs sweeps: ``python -m gradlab.launch.sweep --config=FILE --sweep=NAMES``.
 
 The config file defines the sweeps, ``def sweep_learning_rate(): ...``, with the
 functions of ``gradlab.sweeps``; ``--sweep=learning_rate,seed`` is their product. Arms
 that differ only in seeds and float hyperparameters are one compiled program; the others
-are jobs of their own. The folder says what is done: the same command goes on where it
-stopped, whatever was killed, and writes the report when all arms are over.
+are jobs of their own. The folder, ``--workdir``, says what is done: the same command
+goes on where it stopped, whatever was killed, and writes the report when all arms are
+over.
 """
 
 from absl import flags

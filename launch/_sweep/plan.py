@@ -15,6 +15,17 @@ from gradlab.schema import unknown
 from gradlab.types import ConfigError
 
 
+def folder(path: str, names: Sequence[str]) -> Path:
+  """Where a sweep goes that is not told where.
+
+  Examples:
+    >>> from gradlab.launch._sweep.plan import folder
+    >>> str(folder("experiments/digits.py", ("learning_rate", "seed")))
+    'runs/digits_learning_rate_seed'
+  """
+  return Path("runs") / "_".join((Path(path.split(":")[0]).stem, *names))
+
+
 def overrides(path: str, names: Sequence[str]) -> list[sweeps.Arm]:
   """The product of the sweeps that a config file defines as ``sweep_<name>()``.
 

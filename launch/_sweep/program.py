@@ -25,7 +25,9 @@ from gradlab.launch._sweep.table import Board, Line
 from gradlab.types import ConfigError, Interrupted
 
 CONFIG = _config_flag.define_config()
-WORKDIR = flags.DEFINE_string("workdir", "", "The sweep's folder.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", "", "The sweep's folder; default: runs/FILE_SWEEPS."
+)
 SWEEP = flags.DEFINE_list("sweep", [], "Sweeps of the config file; their product.")
 EXECUTOR = flags.DEFINE_enum(
   "executor", "local", ["local", "slurm"], "What runs the jobs."
@@ -140,8 +142,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   # Devices are for the workers; what is checked here needs none.
   jax.config.update("jax_platforms", "cpu")
-  console, folder = Console(highlight=False), Path(WORKDIR.value).absolute()
-  path = _config_flag.path()
+  console, path = Console(highlight=False), _config_flag.path()
+  folder = Path(WORKDIR.value or plan.folder(path, SWEEP.value)).absolute()
   executor = _executor(folder)
   changes = plan.overrides(path, SWEEP.value)
   given = [argument for argument in sys.argv if argument.startswith("--config.")]
@@ -180,4 +182,4 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """Reads the flags and runs ``main``."""
-  _main.run(main, required=("config", "workdir", "sweep"))
+  _main.run(main, required=("config", "sweep"))
