@@ -91,6 +91,7 @@ def jit_layout(
   parallel: Mapping[str, Any],
   path: str,
 ) -> Layout:
+  """One program over a mesh of the devices of all processes, placed by rules."""
   with schema.within("parallel.mesh"):
     mesh = sharding.make_mesh(parallel["mesh"], _devices(parallel["mesh"]))
   _check_batch(
@@ -141,6 +142,7 @@ def pmap_layout(
   parallel: Mapping[str, Any],
   path: str,
 ) -> Layout:
+  """A replica on each device of every process, each with its part of the batch."""
   axis = sharding.DATA_AXIS
   if tuple(parallel["mesh"]) != (axis,) or parallel["rules"]:
     raise ConfigError(
