@@ -15,9 +15,9 @@ from tests.launch.test_bad_input import assert_says, files
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, server: programs.Server) -> Path:
-  """A finished sweep of four arms in one program; 480 steps each."""
+  """A finished sweep of four arms in one program; long enough to be killed."""
   folder = tmp_path_factory.mktemp("whole")
-  file = swept.write(folder, steps=480)
+  file = swept.write(folder, steps=4800)
   done = server.run(*flags(file, folder / "sweep", "rate,seed"), program=PROGRAM)
   assert (done.code, done.err) == (0, ""), done
   assert done.out.splitlines()[-1] == f"sweep folder: {folder / 'sweep'}"
@@ -42,7 +42,7 @@ def test_each_arm_has_a_run_s_folder(whole: Path) -> None:
       "overrides.txt",
       "result.json",
     }
-    assert [path.name for path in arm.glob("checkpoints/train/*")] == ["480"]
+    assert [path.name for path in arm.glob("checkpoints/train/*")] == ["4800"]
     assert swept.read(arm / "result.json")["batch"]["arms"] == 4
   text = (whole / "arms" / names[2] / "overrides.txt").read_text()
   assert text == (
@@ -66,7 +66,7 @@ def test_a_batch_that_is_killed_three_times(
 ) -> None:
   file, random = whole.parent / "swept.py", np.random.default_rng(0)
   asked = flags(file, tmp_path / "sweep", "rate,seed")
-  for wanted in (0, 100, 300):
+  for wanted in (0, 1000, 3000):
     running = server.start(*asked, program=PROGRAM, keep=False)
     swept.wait_for(tmp_path / "sweep", wanted, running)
     running.wait(random.uniform(0.0, 0.05 if wanted else 3.0))
