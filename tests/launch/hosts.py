@@ -3,12 +3,18 @@
 Each process has its own virtual devices; they talk through gloo.
 """
 
+import re
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 from gradlab.data import Dataset
 from tests.launch import programs, sources
+
+_GLOO = re.compile(
+  r"\[Gloo\] Rank|is connected to|Expected number of connected|peer ranks|is :|"
+  r"[\d.]+|\s+"
+)
 
 
 class _Records:
@@ -67,8 +73,11 @@ def finish(running: Sequence[programs.Running]) -> list[programs.Finished]:
 
 
 def said(done: programs.Finished) -> list[str]:
-  """The lines that are the program's own and not gloo's."""
-  return [line for line in done.out.splitlines() if not line.startswith("[Gloo]")]
+  """The lines that are the program's own and not gloo's.
+
+  Gloo writes from several threads at once, so its lines may be torn and mixed.
+  """
+  return [line for line in done.out.splitlines() if _GLOO.sub("", line)]
 
 
 def run(
