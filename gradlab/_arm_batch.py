@@ -1,5 +1,6 @@
 """A batch of arms going through the stages of their experiment together."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,6 @@ from gradlab.experiment import Pipeline
 from gradlab.state import Artifacts
 from gradlab.step import all_parts
 from gradlab.types import PyTree
-
-Progress = Callable[[str, int, int], None]
 
 
 class Arm(NamedTuple):
@@ -70,6 +69,9 @@ class Batch:
     self.live = {i: arm for i, arm in enumerate(members) if arm is not None}
     self.count = len(members)
     self.pipeline = pipeline
+    self._evaluator = functools.cache(
+      functools.partial(arm_program.make_evaluate, pipeline)
+    )
     # A place without an arm of its own computes what some other arm does.
     first = next(iter(self.live.values()))
     filled = [*(arm or first for arm in members), *[first] * (size - len(members))]
@@ -88,7 +90,6 @@ class Batch:
     programs: Mapping[str, ArmProgram],
     state_folder: Path,
     should_stop: Callable[[], bool],
-    progress: Progress,
   ) -> None:
     """All stages, from the newest checkpoint on; leaves every arm's result.
 
@@ -96,7 +97,6 @@ class Batch:
       programs: train stage -> its program.
       state_folder: where the checkpoints of the whole batch are.
       should_stop: asked between dispatches.
-      progress: called with (stage, step, steps) after each dispatch.
 
     Raises:
       Interrupted: ``should_stop`` said so; the state is saved.
@@ -116,7 +116,6 @@ class Batch:
           state_folder,
           first_step=first_step,
           should_stop=should_stop,
-          progress=progress,
         )
         first_step += stage["steps"]
       elif stage["kind"] == "evaluate":
@@ -146,7 +145,12 @@ class Batch:
     )
 
   def measure(
-    self, name: str, params: PyTree, model_state: PyTree, split: Any
+    self,
+    name: str,
+    params: PyTree,
+    model_state: PyTree,
+    split: Any,
+    batch_size: int = 256,
   ) -> dict[int, dict[str, float]]:
     """Live arm -> the exact means of a stage's metrics over a split.
 
@@ -155,11 +159,12 @@ class Batch:
       params: with an axis of places, as the model's state.
       model_state: of the model.
       split: examples for all arms.
+      batch_size: examples at a time.
     """
-    evaluate = arm_program.make_evaluate(self.pipeline, name)
+    evaluate = self._evaluator(name)
     return self._means(
       lambda batch: evaluate(self.values[name], params, model_state, batch),
-      data.eval_batches(split, 256),
+      data.eval_batches(split, batch_size),
     )
 
   def _means(self, evaluate: Any, batches: Any) -> dict[int, dict[str, float]]:
@@ -178,9 +183,9 @@ class Batch:
     model_state = self.stacked({i: a.model_state for i, a in live.items()})
     if stage["inputs"] is None:
       split = getattr(self.pipeline.dataset, stage["split"])
-      means = self.measure(name, params, model_state, split)
+      means = self.measure(name, params, model_state, split, stage["batch_size"])
     else:
-      evaluate = arm_program.make_evaluate(self.pipeline, name, own_batches=True)
+      evaluate = self._evaluator(name, own_batches=True)
       found = {i: a.inputs[stage["inputs"]] for i, a in live.items()}
       own = [
         data.eval_batches(jax.tree.map(np.asarray, found[i]), stage["batch_size"])
@@ -225,14 +230,9 @@ class Batch:
       return self.pipeline.model.init(key, inputs)
 
     found = jax.device_get(jax.jit(jax.vmap(start))(np.asarray(self.seeds, np.uint32)))
-    return {i: artifacts_of(*row(found, i)) for i in self.live}
+    return {i: artifacts_of(*arm_program.row(found, i)) for i in self.live}
 
 
 def artifacts_of(params: PyTree, model_state: PyTree) -> Artifacts:
   """What a run has before its first stage."""
   return Artifacts(params, model_state, params, None, {}, {}, {})
-
-
-def row(tree: PyTree, place: int) -> PyTree:
-  """One arm's leaves of a tree with an axis of places."""
-  return jax.tree.map(lambda leaf: leaf[place, ...], tree)

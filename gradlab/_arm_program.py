@@ -55,6 +55,11 @@ def placement() -> NamedSharding:
   return NamedSharding(arm_mesh(), P(ARM_AXIS))
 
 
+def row(tree: PyTree, place: int) -> PyTree:
+  """One arm's leaves of a tree with an axis of arms."""
+  return jax.tree.map(lambda leaf: leaf[place, ...], tree)
+
+
 def rounded(count: int) -> int:
   """``count`` arms and as many more as fill up the devices."""
   devices = len(jax.local_devices())

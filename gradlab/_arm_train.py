@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradlab._arm_program import ArmProgram
+from gradlab._arm_program import ArmProgram, row
 from gradlab.checkpoint import Checkpoints
-from gradlab.loop import next_stop
+from gradlab.loop import all_finite, next_stop
 from gradlab.metrics import Delayed, Writer, first_nonfinite
 from gradlab.state import Artifacts, TrainState
 from gradlab.types import Interrupted, NonFiniteError, PyTree
 
 if TYPE_CHECKING:
   from gradlab._arm_batch import Batch
+
+_each_finite = jax.jit(jax.vmap(all_finite))
 
 
 def run(
@@ -29,7 +31,6 @@ def run(
   *,
   first_step: int,
   should_stop: Callable[[], bool],
-  progress: Callable[[str, int, int], None],
 ) -> dict[int, Artifacts]:
   """Runs a train stage from its newest checkpoint, or from the artifacts.
 
@@ -41,7 +42,6 @@ def run(
     folder: of the batch's own state.
     first_step: steps that earlier stages took.
     should_stop: asked after each dispatch.
-    progress: called after each dispatch.
 
   Returns:
     Live arm -> its artifacts with the trained parameters and the stage's numbers.
@@ -84,7 +84,6 @@ def run(
       if batch.live and (saved or asked):
         loop.keep(step)
         checkpoints.save(step, _first(state, batch.count))
-      progress(name, step, stage["steps"])
       if asked and not last:
         checkpoints.wait()
         raise Interrupted(f"stopped at step {step} of {stage['steps']} of {name!r}.")
@@ -115,7 +114,7 @@ class _Loop:
     for ready in self._delayed.flush():
       self._write(*ready)
     if self._stops:
-      finite = np.asarray(_finite(state.params))
+      finite = np.asarray(_each_finite(state.params))
       for i in [i for i in self._batch.live if not finite[i]]:
         self._fail(i, f"the parameters are not finite after step {step}")
 
@@ -153,15 +152,6 @@ class _Loop:
     self._batch.fail(place, NonFiniteError(f"{said} of stage {self._name!r}."))
 
 
-@jax.jit
-def _finite(params: PyTree) -> jax.Array:
-  """[places] whether every float of an arm is finite."""
-  floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-  return jnp.all(
-    jnp.stack([jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in floats]), axis=0
-  )
-
-
 def _given(batch: "Batch", artifacts: Mapping[int, Artifacts]) -> dict[str, PyTree]:
   """What ``Program.init`` starts from; nothing before a first stage."""
   if not artifacts:
@@ -176,11 +166,7 @@ def _given(batch: "Batch", artifacts: Mapping[int, Artifacts]) -> dict[str, PyTr
 
 
 def _rows(tree: PyTree, places: Any) -> dict[int, PyTree]:
-  return {i: _row(tree, i) for i in places}
-
-
-def _row(tree: PyTree, place: int) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf[place, ...], tree)
+  return {i: row(tree, i) for i in places}
 
 
 def _of_arms(fn: Callable[[Any], Any], state: TrainState) -> TrainState:
@@ -235,7 +221,7 @@ def _results(
   out = {}
   for i, arm in batch.live.items():
     own = state._replace(
-      **{n: _row(tree, i) for n, tree in host.items()},
+      **{n: row(tree, i) for n, tree in host.items()},
       step=jnp.asarray(step, jnp.int32),
       key=state.key[i],
     )

@@ -14,7 +14,7 @@ from gradlab import _arm_program as arm_program
 from gradlab import config as configs
 from gradlab import runfolder, stages
 from gradlab._arm_batch import Arm as Arm
-from gradlab._arm_batch import Batch, Progress, floats
+from gradlab._arm_batch import Batch, floats
 from gradlab._arm_program import ArmProgram
 from gradlab.experiment import build
 from gradlab.sweeps import digest
@@ -53,7 +53,6 @@ def run(
   *,
   memory: int | None = None,
   should_stop: Callable[[], bool] = lambda: False,
-  progress: Progress = lambda stage, step, steps: None,
 ) -> None:
   """Runs arms of one ``program_key`` in as few batches as the devices' memory allows.
 
@@ -65,7 +64,6 @@ def run(
     folder: where batches keep their state while they run.
     memory: bytes that a device may use; None for what it has.
     should_stop: asked between dispatches.
-    progress: called with (stage, step, steps) after each dispatch.
 
   Raises:
     ConfigError: a config, a folder or a checkpoint that cannot be used, or arms that
@@ -100,7 +98,7 @@ def run(
     state = folder / digest(names)[:12]
     state.mkdir(parents=True, exist_ok=True)
     runfolder.write_json(state / "arms.json", names)
-    batch.run(programs[size], state, should_stop, progress)
+    batch.run(programs[size], state, should_stop)
     shutil.rmtree(state)
 
 

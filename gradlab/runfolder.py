@@ -163,7 +163,11 @@ def write_result(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> N
 
 
 def write_error(folder: str | os.PathLike[str], error: Exception | str) -> None:
-  """Writes ``error.json`` atomically; its presence says that the run has failed."""
+  """Writes ``error.json`` atomically; its presence says that the run has failed.
+
+  The folder is made if it is missing: a run may fail before it has one.
+  """
+  Path(folder).mkdir(parents=True, exist_ok=True)
   named = isinstance(error, Exception)
   said = " ".join(str(error).split())
   kind = type(error).__name__ if named else "Lost"
@@ -252,7 +256,7 @@ def _stored_config(folder: Path) -> Any:
 
 
 def _check_same(folder: Path, stored: Any, config: Any) -> None:
-  there, here = dict(_fields(stored)), dict(_fields(config))
+  there, here = dict(flat(stored)), dict(flat(config))
   differing = [
     name
     for name in {**there, **here}
@@ -273,12 +277,19 @@ def _check_same(folder: Path, stored: Any, config: Any) -> None:
   )
 
 
-def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Path and value of every field of nested dicts; an empty dict is a value.
+
+  Examples:
+    >>> from gradlab.runfolder import flat
+    >>> list(flat({"seed": 0, "data": {"name": "digits"}}))
+    [('seed', 0), ('data.name', 'digits')]
+  """
   if not isinstance(value, dict) or not value:
     yield path, value
     return
   for name, child in value.items():
-    yield from _fields(child, f"{path}.{name}".lstrip("."))
+    yield from flat(child, f"{path}.{name}".lstrip("."))
 
 
 def _equal(a: Any, b: Any) -> bool:

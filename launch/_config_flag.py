@@ -3,6 +3,7 @@
 import pathlib
 import runpy
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -104,6 +105,11 @@ def path() -> str:
   """What ``--config`` was given."""
   given: str = config_flags.get_config_filename(flags.FLAGS["config"])
   return given
+
+
+def overrides(argv: Sequence[str]) -> list[str]:
+  """What a command line changes in the config, as it was written."""
+  return [argument for argument in argv if argument.startswith("--config.")]
 
 
 def define_config() -> Any:

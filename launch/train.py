@@ -46,10 +46,6 @@ class _Bar:
     self._progress.update(self._tasks[stage], completed=step, said=said)
 
 
-def _overrides(argv: Sequence[str]) -> list[str]:
-  return [argument for argument in argv if argument.startswith("--config.")]
-
-
 def main(argv: Sequence[str]) -> None:
   """Runs the experiment and prints its numbers and its folder."""
   del argv
@@ -66,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
       result = pipeline.run(
         CONFIG.value,
         WORKDIR.value,
-        overrides=_overrides(sys.argv),
+        overrides=_config_flag.overrides(sys.argv),
         resume=RESUME.value,
         should_stop=processes.should_stop,
         progress=_Bar(progress),

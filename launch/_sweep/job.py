@@ -46,7 +46,7 @@ def run(job: Job, should_stop: Callable[[], bool], *, cores: int = 1) -> None:
   except ConfigError as error:
     for arm in known:
       if runfolder.status(arm.folder) == "open":
-        _failed(arm, error)
+        runfolder.write_error(arm.folder, error)
 
 
 def _alone(arm: Arm, should_stop: Callable[[], bool]) -> None:
@@ -57,9 +57,4 @@ def _alone(arm: Arm, should_stop: Callable[[], bool]) -> None:
       arm.config, arm.folder, overrides=arm.overrides, should_stop=should_stop
     )
   except (ConfigError, NonFiniteError) as error:
-    _failed(arm, error)
-
-
-def _failed(arm: Arm, error: Exception) -> None:
-  arm.folder.mkdir(parents=True, exist_ok=True)
-  runfolder.write_error(arm.folder, error)
+    runfolder.write_error(arm.folder, error)

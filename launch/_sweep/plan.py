@@ -2,10 +2,11 @@
 
 import inspect
 import json
+import math
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradlab import arms, config, runfolder, sweeps
 from gradlab.arms import Arm
@@ -109,19 +110,20 @@ def make_arms(
   return list(made.values())
 
 
-def make_jobs(
-  known: Sequence[Arm], path: str, folder: Path, *, vmap: str, memory: int | None
-) -> list[Job]:
-  """The jobs that run the arms which are not finished and have not failed.
+class Group(NamedTuple):
+  """The arms of one program, and from how many on they are one job."""
+
+  arms: tuple[Arm, ...]
+  least: float
+
+
+def make_groups(known: Sequence[Arm], vmap: str) -> list[Group]:
+  """The arms by program.
 
   Args:
     known: all arms.
-    path: the config file.
-    folder: of the sweep.
     vmap: "auto" makes one job of the arms of one program, "always" demands that this
-      be all, "never" makes a job of each arm. A batch that was broken off is gone on
-      with as a batch.
-    memory: bytes of a device that a batch may use; None for what it has.
+      be all, "never" makes a job of each arm.
 
   Raises:
     ConfigError: ``vmap="always"`` with arms that cannot be one program.
@@ -133,17 +135,32 @@ def make_jobs(
     _check_one_program(list(groups))
     if reason := arms.obstacle(known[0].config):
       raise ConfigError(f"--vmap=always: {reason}.")
+    return [Group(tuple(known), 1)]
+
+  def least(group: Sequence[Arm]) -> float:
+    alone = vmap == "never" or len(group) == 1 or arms.obstacle(group[0].config)
+    return math.inf if alone else 2
+
+  return [Group(tuple(group), least(group)) for group in groups.values()]
+
+
+def make_jobs(
+  groups: Sequence[Group], path: str, folder: Path, *, memory: int | None
+) -> list[Job]:
+  """The jobs that run the arms which are not finished and have not failed.
+
+  Args:
+    groups: all arms. A batch that was broken off is gone on with as a batch.
+    path: the config file.
+    folder: of the sweep.
+    memory: bytes of a device that a batch may use; None for what it has.
+  """
   begun = {name for batch in arms.begun(folder / "batches") for name in batch}
   jobs = []
-  for group in groups.values():
-    left = [arm for arm in group if runfolder.status(arm.folder) == "open"]
-    together = [
-      arm for arm in left if arm.name in begun or (vmap != "never" and len(left) > 1)
-    ]
-    if together and vmap == "auto" and arms.obstacle(together[0].config):
-      together = []
-    if vmap == "always":
-      together = left
+  for group in groups:
+    left = [arm for arm in group.arms if runfolder.status(arm.folder) == "open"]
+    one_job = len(left) >= group.least
+    together = [arm for arm in left if one_job or arm.name in begun]
     apart = [arm for arm in left if arm not in together]
     for members in [together, *([arm] for arm in apart)]:
       if members:
@@ -162,21 +179,11 @@ def make_jobs(
 
 
 def _check_one_program(keys: Sequence[str]) -> None:
-  first = dict(_leaves(json.loads(keys[0])))
+  first = dict(runfolder.flat(json.loads(keys[0])))
   for key in keys[1:]:
-    other = dict(_leaves(json.loads(key)))
+    other = dict(runfolder.flat(json.loads(key)))
     differ = [p for p in {**first, **other} if first.get(p, key) != other.get(p, key)]
     raise ConfigError(
       f"--vmap=always: the arms differ in {', '.join(differ)}; the arms of one program "
       "differ in seeds and float hyperparameters only."
     )
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
-  if not isinstance(value, Mapping) or not value:
-    return [(path, value)]
-  return [
-    leaf
-    for name, child in value.items()
-    for leaf in _leaves(child, f"{path}.{name}".lstrip("."))
-  ]

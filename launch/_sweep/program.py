@@ -116,9 +116,8 @@ def follow(
         if asked:
           raise Interrupted("stopped; the same command goes on.")
         time.sleep(_POLL_SECONDS)
-    except BaseException:
+    finally:
       executor.stop()
-      raise
   if console.is_terminal:
     console.print(board.shown(everything=True))
   return lines
@@ -133,7 +132,6 @@ def _blame(job: Job, error: str | None, folders: dict[str, Path]) -> None:
   """Marks the arms that a job was lost with."""
   for name in job.arms:
     if runfolder.status(folders[name]) == "open":
-      folders[name].mkdir(parents=True, exist_ok=True)
       runfolder.write_error(folders[name], error or "its job ended without a result")
 
 
@@ -146,10 +144,9 @@ def main(argv: Sequence[str]) -> None:
   folder = Path(WORKDIR.value or plan.folder(path, SWEEP.value)).absolute()
   executor = _executor(folder)
   changes = plan.overrides(path, SWEEP.value)
-  given = [argument for argument in sys.argv if argument.startswith("--config.")]
   memory = None if MEMORY.value is None else int(MEMORY.value * 2**30)
-  arms = plan.make_arms(CONFIG.value, changes, folder, given)
-  plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
+  arms = plan.make_arms(CONFIG.value, changes, folder, _config_flag.overrides(sys.argv))
+  groups = plan.make_groups(arms, VMAP.value)
   with schema.within(f"arm {arms[0].name}"):
     pipeline.build(arms[0].config)
   with locked(folder):
@@ -165,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
       ],
     }
     runfolder.write_json(folder / "sweep.json", described)
-    jobs = plan.make_jobs(arms, path, folder, vmap=VMAP.value, memory=memory)
+    jobs = plan.make_jobs(groups, path, folder, memory=memory)
     # while the workers work, this process has time to import what draws
     threading.Thread(target=_import_plots, daemon=True).start()
     lines = follow(jobs, arms, executor, console)
