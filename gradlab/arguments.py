@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from gradlab.schema import REQUIRED, join, unknown
 from gradlab.types import ConfigError
@@ -17,7 +18,7 @@ _ANY_NUMBER = frozenset(typing.get_args(jax.typing.ArrayLike))
 
 
 def _kinds(annotation: Any) -> set[str]:
-  """Which config values an annotation admits: float, int, bool, str, tuple, none."""
+  """Which config values an annotation admits: float, int, updates, tuple, none..."""
   origin = typing.get_origin(annotation)
   if origin in (typing.Union, types.UnionType):
     members = set(typing.get_args(annotation))
@@ -42,7 +43,8 @@ def _kinds(annotation: Any) -> set[str]:
   if (origin or annotation) in (dict, Mapping):
     return {"mapping"}
   if inspect.isclass(annotation):
-    return {"object"}
+    update = issubclass(annotation, optax.GradientTransformation)
+    return {"updates"} if update else {"object"}
   return {"any"}
 
 
@@ -73,6 +75,8 @@ def _coerce(value: Any, kinds: set[str], path: str) -> Any:
     words: dict[type, str] = {str: "str", tuple: "tuple", dict: "mapping"}
     if words.get(type(value), "object") in kinds:
       return value
+    if "updates" in kinds and isinstance(value, Mapping | optax.GradientTransformation):
+      return value
   names = ", ".join(sorted(kinds - {"object"})) or "nothing that a config can hold"
   raise ConfigError(
     f"{path}: expected {names}, got {value!r} ({type(value).__name__})."
@@ -100,7 +104,9 @@ def arguments(
 ) -> dict[str, Any]:
   """``given`` checked against the function's signature, numbers made floats.
 
-  ``also`` are the names of what stands beside the arguments, for a misspelt name.
+  A mapping stays where it names a controller (in a float's place) or update rules (in
+  a transformation's). ``also`` are the names of what stands beside the arguments, for
+  a misspelt name.
   """
   try:
     parameters = inspect.signature(function, eval_str=True).parameters
@@ -132,3 +138,9 @@ def arguments(
     if parameter.default is REQUIRED and name not in out and name != "key":
       raise ConfigError(f"{join(path, name)}: missing; it has no default.")
   return out
+
+
+def takes_updates(function: Callable[..., Any], argument: str) -> bool:
+  """Whether an argument is a transformation, for which a config names rules."""
+  parameters = inspect.signature(function, eval_str=True).parameters
+  return "updates" in _argument_kinds(parameters[argument])

@@ -7,7 +7,7 @@ import ml_collections
 
 from gradlab import data
 from gradlab.models import MODELS
-from gradlab.parts import Part, named, part
+from gradlab.parts import Part, chain, named, part
 from gradlab.schema import SCHEMA, SLOT_FIELDS, at, check_value, fields, unknown
 from gradlab.types import ConfigError, Model
 
@@ -51,7 +51,7 @@ def stage_parts(stage: Mapping[str, Any], root: str) -> dict[str, Any]:
       "estimator": single("estimator", "estimators"),
       "aggregator": single("aggregator", "aggregators"),
       "compressor": single("compressor", "compressors"),
-      "update": several("update", "updates"),
+      "update": chain(stage["update"], "update", root=root),
       "edits": several("edits", "params"),
     }
   return parts
@@ -100,8 +100,6 @@ def _check_train(stage: Mapping[str, Any], root: str) -> None:
   for name in ("eval_every", "checkpoint_every"):
     if stage[name] < 0:
       raise ConfigError(f"{root}.{name}: must be 0 (off) or more, got {stage[name]}.")
-  if not stage["update"]:
-    raise ConfigError(f"{root}.update: name at least one update rule.")
   for name, edit in stage["edits"].items():
     here = f"{root}.edits.{name}"
     own = fields({k: v for k, v in edit.items() if k in EDIT}, EDIT, here)

@@ -2,10 +2,12 @@
 
 A method is written as a mapping: ``name`` (a catalogue name, ``optax.<name>`` or
 ``module:function``) and its keyword arguments. A float may itself be a mapping that
-names a controller. ``None`` (an empty placeholder) means "leave it at its default".
+names a controller; in a transformation's place stand update rules, ordered and named
+like those of a stage. ``None`` (an empty placeholder) means "leave it at its default".
 """
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gradlab import catalog
-from gradlab.arguments import arguments, load_object
+from gradlab.arguments import arguments, load_object, takes_updates
 from gradlab.schema import SLOT_FIELDS, at, fields, join, unknown
 from gradlab.types import (
   Aggregator,
@@ -46,6 +48,7 @@ class Part(NamedTuple):
     static: arguments fixed at compile time.
     floats: argument -> value; traced as ``hyperparams[f"{path}.{argument}"]``.
     controllers: argument -> the ``Part`` of the controller that sets it.
+    inner: argument -> name -> the ``Part`` of each rule of the chain that it gets.
     fields: what the slot itself was given (``over``, ``every``, ...).
   """
 
@@ -54,6 +57,7 @@ class Part(NamedTuple):
   static: dict[str, Any]
   floats: dict[str, float]
   controllers: dict[str, "Part"]
+  inner: dict[str, dict[str, "Part"]]
   fields: dict[str, Any]
 
 
@@ -116,10 +120,12 @@ def part(
   slot_given = {k: given.pop(k) for k in tuple(given) if k in own}
   functional = family in FUNCTIONS
   checked = arguments(method.factory, given, where, functional, tuple(own))
-  static, floats, controllers = {}, {}, {}
+  static, floats, controllers, inner = {}, {}, {}, {}
   for argument, value in checked.items():
-    if isinstance(value, Mapping) and "name" in value:
-      here = join(path, argument)
+    here = join(path, argument)
+    if isinstance(value, Mapping) and takes_updates(method.factory, argument):
+      inner[argument] = chain(value, here, root=root)
+    elif isinstance(value, Mapping) and "name" in value:
       if argument in method.static:
         raise ConfigError(
           f"{join(root, here)}: sets shapes, so it is a number, not a controller."
@@ -134,12 +140,28 @@ def part(
     if not _traceable(method, static, numbers):
       static, floats = {**static, **floats}, {}
   found = Part(
-    method, path, static, floats, controllers, fields(slot_given, own, where)
+    method, path, static, floats, controllers, inner, fields(slot_given, own, where)
   )
   if not functional:
     with at(where, also=(TypeError,)):
       _check_made(found, build_part(found, {}, jax.random.key(0)))
   return found
+
+
+def chain(spec: Mapping[str, Any], path: str, *, root: str = "") -> dict[str, Part]:
+  """Update rules by name, in order, as a stage's ``update`` has them.
+
+  Args:
+    spec: name -> the mapping that names a rule, if its key does not.
+    path: where the rules stand in the stage.
+    root: where the stage stands.
+  """
+  if not spec:
+    raise ConfigError(f"{join(root, path)}: name at least one update rule.")
+  return {
+    name: part("updates", rule, join(path, name), root=root, key=name)
+    for name, rule in spec.items()
+  }
 
 
 def _traceable(
@@ -191,12 +213,32 @@ def build_part(
       given[name] = hyperparams[path]
     else:
       given[name] = float(build_controller(controller, {}).init()[0])
-  if part.method.family in FUNCTIONS:
-    return lambda *args, **extra: part.method.factory(*args, **given, **extra)
+  for name, rules in part.inner.items():
+    given[name] = build_chain(rules, hyperparams, key)
   parameters = inspect.signature(part.method.factory).parameters
-  if "key" in parameters and "key" not in given and key is not None:
+  functional = part.method.family in FUNCTIONS
+  # a function is given a key in its place; only an objective may ask for one by name
+  takes_key = "key" in parameters and part.method.family in (*MADE, "objectives")
+  if takes_key and "key" not in given and key is not None:
     given["key"] = key
+  if functional:
+    return lambda *args, **extra: part.method.factory(*args, **given, **extra)
   return part.method.factory(**given)
+
+
+def build_chain(
+  rules: Mapping[str, Part],
+  hyperparams: Mapping[str, Any],
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Update rules as one ``optax.named_chain``; each gets a key of its own."""
+  built = []
+  for name, rule in rules.items():
+    own = key
+    if key is not None:
+      own = jax.random.fold_in(key, zlib.crc32(rule.path.encode()))
+    built.append((name, build_part(rule, hyperparams, own)))
+  return optax.named_chain(*built)
 
 
 def build_controller(part: Part, hyperparams: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from gradlab.gradients import Built, batch_loss, extra_arguments, gradients
-from gradlab.parts import Part, build_controller, build_part
+from gradlab.parts import Part, build_chain, build_controller, build_part
 from gradlab.state import TrainState, hold_zeros, keep_all
 from gradlab.transforms.aggregators import mean
 from gradlab.transforms.compressors import compressed
@@ -41,12 +41,13 @@ class Program(NamedTuple):
 
 
 def all_parts(parts: Parts) -> Iterator[Part]:
-  """Every part of a stage, the controllers of their arguments included."""
+  """Every part of a stage, those of their arguments included."""
   for value in parts.values():
     for part in value.values() if isinstance(value, Mapping) else [value]:
       if part is not None:
         yield part
         yield from all_parts(part.controllers)
+        yield from all_parts(part.inner)
 
 
 def _build(parts: Parts, values: Mapping[str, Any], key: jax.Array) -> Built:
@@ -68,7 +69,7 @@ def _build(parts: Parts, values: Mapping[str, Any], key: jax.Array) -> Built:
     "compressor": compressed(one(compressor), **compressor.fields)
     if compressor
     else None,
-    "update": optax.named_chain(*several("update").items()),
+    "update": build_chain(parts["update"], values, key),
     "edits": several("edits"),
   }
 
