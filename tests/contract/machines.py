@@ -35,18 +35,22 @@ class Case(NamedTuple):
     kwargs: hyperparameters that the case fixes; the rest keep their defaults.
     call: functions only: ``call(function, inputs, **kwargs) -> outputs``.
     inputs: ``inputs(i, dtype)`` where the family's own will not do.
+    extra: updates only: ``extra(params)`` are the extra arguments that it needs.
   """
 
   kwargs: Mapping[str, Any] = {}
   call: Callable[..., Tree] | None = None
   inputs: Callable[..., Tree] | None = None
+  extra: Callable[[Tree], Mapping[str, Any]] = lambda params: {}
 
 
 def _update_machine(method: Method, case: Case, kwargs: Any) -> Machine:
   update = method.factory(**kwargs)
 
   def step(state: Tree, inputs: Tree, **extra: Any) -> tuple[Tree, Tree]:
-    updates, state = update.update(inputs["updates"], state, inputs["params"], **extra)
+    params = inputs["params"]
+    given = {**case.extra(params), **extra}
+    updates, state = update.update(inputs["updates"], state, params, **given)
     return state, updates
 
   return Machine(
