@@ -109,8 +109,7 @@ def decide(comparison: Comparison, arms: Mapping[str, Any]) -> Decided:
   sign = -1.0 if comparison.better == "lower" else 1.0
   gains = [sign * (m - b) for m, b in zip(method, baseline, strict=True)]
   gain = estimate(gains)
-  beyond = gain.mean - comparison.margin
-  half = 0.0 if min(gains, default=0.0) == max(gains, default=0.0) else gain.half
+  beyond, half = gain.mean - comparison.margin, gain.half
   if not all(map(math.isfinite, method)):
     verdict = "does not hold"
   elif not gain.n:
@@ -238,7 +237,12 @@ def terminal(name: str, claim: Claim, arms: Mapping[str, Any]) -> Table:
   return table
 
 
-def _seeds(given: Sequence[str]) -> list[int]:
+def parse_seeds(given: Sequence[str]) -> list[int]:
+  """The seeds of a flag.
+
+  Raises:
+    ConfigError: too few of them, or what is no integer.
+  """
   try:
     seeds = [int(seed) for seed in given]
   except ValueError as error:
@@ -255,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
   """Measures what is not measured yet and writes the table."""
   del argv
   given = flags.FLAGS
-  seeds, known = _seeds(given.seeds), find(given.only)
+  seeds, known = parse_seeds(given.seeds), find(given.only)
   waiting = [name for name in known if given.smoke or not _measured(name, seeds)]
   console = Console(highlight=False)
   context = multiprocessing.get_context("spawn")
