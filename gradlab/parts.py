@@ -231,14 +231,16 @@ def build_chain(
   hyperparams: Mapping[str, Any],
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Update rules as one ``optax.named_chain``; each gets a key of its own."""
+  """Update rules as one named chain; each gets a key of its own."""
+  from gradlab.transforms.updates import named_chain
+
   built = []
   for name, rule in rules.items():
     own = key
     if key is not None:
       own = jax.random.fold_in(key, zlib.crc32(rule.path.encode()))
     built.append((name, build_part(rule, hyperparams, own)))
-  return optax.named_chain(*built)
+  return named_chain(*built)
 
 
 def build_controller(part: Part, hyperparams: Mapping[str, Any]) -> Any:

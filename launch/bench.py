@@ -1,10 +1,12 @@
 """The benchmark: ``python -m gradlab.launch.bench [--only=loop,updates]``.
 
 ``loop``: the training loop beside a bare scan. ``startup``: from the start of a process
-to the first step. ``updates``: every update rule beside ``optax.adamw``. ``methods``:
-the other transforms beside what they replace. ``peers``: the update rules in PyTorch.
-``checkpoint``: what an asynchronous save costs the loop. ``sweep``: an ablation beside
-separate runs. ``decoder``: a language model's step beside PyTorch's, on a GPU.
+to the first step. ``updates``: every update rule beside ``optax.adamw``. ``deep``: how
+long they compile for a decoder of 24 layers. ``projection``: where a low-rank rule's
+time goes. ``methods``: the other transforms beside what they replace. ``peers``: the
+update rules in PyTorch. ``checkpoint``: what an asynchronous save costs the loop.
+``sweep``: an ablation beside separate runs. ``decoder``: a language model's step beside
+PyTorch's, on a GPU.
 
 Every number is the median of several runs, with the smallest and the largest; every
 ratio compares neighbouring runs. The folder gets ``bench.json`` and ``bench.md``, which
@@ -20,9 +22,11 @@ from gradlab import catalog
 from gradlab.launch import _main
 from gradlab.launch._bench import checkpoint as bench_checkpoint
 from gradlab.launch._bench import decoder as bench_decoder
+from gradlab.launch._bench import deep as bench_deep
 from gradlab.launch._bench import loop as bench_loop
 from gradlab.launch._bench import methods as bench_methods
 from gradlab.launch._bench import peers as bench_peers
+from gradlab.launch._bench import projection as bench_projection
 from gradlab.launch._bench import report, torch
 from gradlab.launch._bench import startup as bench_startup
 from gradlab.launch._bench import sweep as bench_sweep
@@ -33,6 +37,8 @@ SECTIONS: dict[str, Callable[[int], report.Section]] = {
   "loop": bench_loop.measure,
   "startup": bench_startup.measure,
   "updates": bench_updates.measure,
+  "deep": bench_deep.measure,
+  "projection": bench_projection.measure,
   "methods": bench_methods.measure,
   "peers": bench_peers.measure,
   "checkpoint": bench_checkpoint.measure,

@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import pathlib
 import re
 import tempfile
@@ -135,7 +134,7 @@ def _values(metric: str, label: str, arms: Mapping[str, Any]) -> list[float]:
 def measure(name: str, seeds: Sequence[int], folder: pathlib.Path, smoke: bool) -> Any:
   """Runs one claim; what its file in ``experiments/results`` holds."""
   _cache.use()
-  start = time.monotonic()
+  start, used = time.monotonic(), time.process_time()
   folder.mkdir(parents=True, exist_ok=True)
   results = load(name).measure(seeds, folder, smoke)
   chosen = folder / "chosen.json"
@@ -145,7 +144,7 @@ def measure(name: str, seeds: Sequence[int], folder: pathlib.Path, smoke: bool) 
       "source": source(name),
       "seeds": list(seeds),
       "seconds": round(time.monotonic() - start, 1),
-      "cores": os.cpu_count(),
+      "cpu_seconds": round(time.process_time() - used, 1),
       "backend": here["backend"],
       "jax": here["versions"]["jax"],
       "chosen": json.loads(chosen.read_text()) if chosen.exists() else {},
@@ -158,8 +157,15 @@ def measure(name: str, seeds: Sequence[int], folder: pathlib.Path, smoke: bool) 
 
 
 def source(name: str) -> str:
-  """A hash of the experiment file: numbers of another one are measured again."""
-  return hashlib.sha256((EXPERIMENTS / f"{name}.py").read_bytes()).hexdigest()[:16]
+  """A hash of the experiment file: numbers of another one are measured again.
+
+  The private modules beside it that it names are part of it.
+  """
+  text = (EXPERIMENTS / f"{name}.py").read_text()
+  for module in sorted(EXPERIMENTS.glob("_[!_]*.py")):
+    if re.search(rf"\b{module.stem}\b", text):
+      text += module.read_text()
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def numbers(name: str) -> dict[str, Any] | None:
@@ -185,11 +191,10 @@ def lines(known: Mapping[str, Claim]) -> Iterator[str]:
     yield f"**[{name}]({name}.py).** {claim.setting}"
     if found is None:
       continue
-    machine = f"{found['cores']} CPU cores" if found["backend"] == "cpu" else "GPU"
-    yield (
-      f"{len(found['seeds'])} seeds, {found['seconds']:.0f} s on {machine}, "
-      f"jax {found['jax']}."
-    )
+    cost = f"{found['cpu_seconds']:.0f} CPU-seconds"
+    if found["backend"] != "cpu":
+      cost = f"{found['seconds']:.0f} s on a {found['backend'].upper()}"
+    yield f"{len(found['seeds'])} seeds, {cost}, jax {found['jax']}."
     if picked := _picked(found["chosen"]):
       yield f"Chosen: {picked}."
 

@@ -8,6 +8,17 @@ from gradlab.models._common import from_nnx as from_nnx
 from gradlab.models.cnn import cnn as cnn
 from gradlab.models.decoder import decoder as decoder
 from gradlab.models.mlp import mlp as mlp
+from gradlab.models.pgi import PGINet as PGINet
+from gradlab.models.pgi import pgi as pgi
+from gradlab.models.quadratic import QuadraticConv as QuadraticConv
+from gradlab.models.quadratic import QuadraticDense as QuadraticDense
+from gradlab.models.quadratic import quadratic_mlp as quadratic_mlp
 from gradlab.types import Model
 
-MODELS: dict[str, Callable[..., Model]] = {"cnn": cnn, "decoder": decoder, "mlp": mlp}
+MODELS: dict[str, Callable[..., Model]] = {
+  "cnn": cnn,
+  "decoder": decoder,
+  "mlp": mlp,
+  "pgi": pgi,
+  "quadratic_mlp": quadratic_mlp,
+}

@@ -36,12 +36,14 @@ class Case(NamedTuple):
     call: functions only: ``call(function, inputs, **kwargs) -> outputs``.
     inputs: ``inputs(i, dtype)`` where the family's own will not do.
     extra: updates only: ``extra(params)`` are the extra arguments that it needs.
+    prunes: updates only: whether it may hold parameters at exactly zero.
   """
 
   kwargs: Mapping[str, Any] = {}
   call: Callable[..., Tree] | None = None
   inputs: Callable[..., Tree] | None = None
   extra: Callable[[Tree], Mapping[str, Any]] = lambda params: {}
+  prunes: bool = False
 
 
 def _update_machine(method: Method, case: Case, kwargs: Any) -> Machine:

@@ -14,7 +14,7 @@ from tests.contract.checks import (
   each,
   program,
 )
-from tests.contract.examples import masked, tree
+from tests.contract.examples import EXAMPLES, masked, tree
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
@@ -43,9 +43,12 @@ def test_inputs_keep_types(name, index, dtype):
 
 @each("scores")
 @DTYPES
-def test_scores_are_float32_and_shaped_like_params(name, index, dtype):
+def test_scores_are_float32_like_params_or_one_per_example(name, index, dtype):
   """A leaf that is not scored is masked or keeps its shape."""
   inputs, outputs = _types(name, index, dtype)
+  if isinstance(outputs, jax.ShapeDtypeStruct):
+    assert (outputs.shape, outputs.dtype) == ((EXAMPLES,), jnp.dtype(jnp.float32))
+    return
   scored = {
     jax.tree_util.keystr(path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs)
@@ -93,9 +96,13 @@ def test_objectives_do_not_depend_on_the_order_of_examples(name, index):
 @each("cotangents")
 @DTYPES
 def test_cotangents_are_like_inputs_both_ways(name, index, dtype):
+  """A rule that is the backward pass of a loss has a float32 scalar forward."""
   inputs, outputs = _types(name, index, dtype)
   expected = jax.eval_shape(lambda: inputs[0])
-  assert_same_type(outputs, {"forward": expected, "backward": expected})
+  assert_same_type(outputs["backward"], expected)
+  forward = outputs["forward"]
+  loss = isinstance(forward, jax.ShapeDtypeStruct) and forward.shape == ()
+  assert_same_type(forward, jax.ShapeDtypeStruct((), jnp.float32) if loss else expected)
 
 
 @each("params")

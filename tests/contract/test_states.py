@@ -21,7 +21,7 @@ from tests.contract.examples import tree
 @each(*STATEFUL)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_leaves_are_arrays_of_fixed_dtypes(name, index, dtype):
-  """Accumulators are float32 for bf16 parameters too; counters are int32."""
+  """Accumulators are float32 for bf16 parameters too; counters int32, codes uint8."""
   state = build(name, index).init(tree(100, dtype))
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     where = f"{jax.tree_util.keystr(path)}: {leaf!r}"
@@ -29,7 +29,7 @@ def test_leaves_are_arrays_of_fixed_dtypes(name, index, dtype):
     if jnp.issubdtype(leaf.dtype, jnp.floating):
       assert leaf.dtype == jnp.float32, where
     elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      assert leaf.dtype in (jnp.int32, jnp.bool_), where
+      assert leaf.dtype in (jnp.int32, jnp.bool_, jnp.uint8), where
 
 
 @each(*STATEFUL)

@@ -6,9 +6,9 @@ import optax
 import pytest
 
 from gradlab import catalog
+from gradlab.launch._bench import rules as bench_rules
 from gradlab.launch._bench import tree
 from gradlab.launch._bench import updates as bench_updates
-from gradlab.types import Method
 
 TINY = tree.Sizes(layers=1, width=4, vocabulary=8)
 
@@ -31,7 +31,7 @@ def test_default_tree_has_twenty_million_parameters():
 )
 def test_bytes_are_counted_from_the_arrays(name, arrays):
   params = tree.parameters(TINY)
-  rule = bench_updates.build(catalog.methods()[name])
+  rule = bench_rules.rules()[name].build(params)
   stepper = bench_updates.Stepper(rule, params)
   counters = sum(
     4 for leaf in jax.tree.leaves(rule.init(params)) if leaf.dtype == np.int32
@@ -55,22 +55,45 @@ def test_the_timed_steps_are_the_rules_steps():
   )
 
 
-def test_updates_section_has_every_rule():
+def test_every_rule_steps_or_is_named():
+  """On shapes: the benchmark's tree, and updates like it."""
+  params = jax.eval_shape(lambda: tree.parameters(TINY))
+  known = bench_rules.rules()
+  updates = {n for n, m in catalog.methods().items() if m.family == "updates"}
+  assert updates == {*known, *bench_rules.INSIDE}
+  assert len(bench_rules.left_out()) == 1
+  for rule in known.values():
+    built = rule.build(params)
+    state = jax.eval_shape(built.init, params)
+    found, _ = jax.eval_shape(built.update, params, state, params)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
+      lambda leaf: (leaf.shape, leaf.dtype), params
+    )
+
+
+def test_updates_section_measures_the_rules(monkeypatch):
+  known = bench_rules.rules()
+  names = ("adamw", "adan", "mfac")
+  monkeypatch.setattr(bench_rules, "rules", lambda: {n: known[n] for n in names})
   section = bench_updates.measure(1, TINY, steps=1)
-  rules = [m.name for m in catalog.methods().values() if m.family == "updates"]
-  assert [record["name"] for record in section.records] == rules
+  kinds = [record["kind"] for record in section.records]
+  assert kinds == ["element-wise", "element-wise", "matrix"]
   for record, check in zip(section.records, section.checks, strict=True):
-    assert check.value == record["ratio"]["median"] / record["byte_ratio"]
+    over_bytes = record["ratio"]["median"] / record["byte_ratio"]
+    assert record["time_over_bytes"] == over_bytes
+    held = record["kind"] == "element-wise"
+    assert check == ((over_bytes, 1.25, False) if held else None)
     compiled = zip(
       record["compile_seconds"]["runs"],
       record["optax.adamw_compile_seconds"]["runs"],
       strict=True,
     )
     assert record["compile_ratio"]["runs"] == [a / b for a, b in compiled]
-  adamw = section.records[rules.index("adamw")]
+  adamw = section.records[0]
   assert adamw["byte_ratio"] == 1.0
   count = tree.count(tree.parameters(TINY))
   assert adamw["state_bytes_per_parameter"] == 8 + 4 / count
+  assert section.notes[-1].startswith("not stepped, since they need arguments: ")
 
 
 def test_peak_memory_counts_donated_arrays_once():
@@ -83,7 +106,7 @@ def test_peak_memory_counts_donated_arrays_once():
 
 def test_time_is_divided_by_bytes():
   rule = bench_updates.Measured(
-    "adan",
+    bench_rules.rules()["adan"],
     [30.0, 9.0, 40.0],
     [10.0, 5.0, 20.0],
     1.6,
@@ -97,11 +120,3 @@ def test_time_is_divided_by_bytes():
   assert section.records[0]["ratio"]["runs"] == [3.0, 1.8, 2.0]
   assert section.records[0]["compile_ratio"]["median"] == 0.5
   assert section.checks == [(1.25, 1.25, False)]
-
-
-def test_a_rule_without_defaults_is_named():
-  def rule(learning_rate, radius):
-    del learning_rate, radius
-
-  with pytest.raises(ValueError, match="rule needs radius; the benchmark gives"):
-    bench_updates.build(Method("rule", "updates", rule, "", ""))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradlab.models import MODELS, cnn, decoder, mlp
+from gradlab.models import MODELS, cnn, decoder, mlp, pgi, quadratic_mlp
 from gradlab.models._common import ACTIVATIONS
 from tests.models.drawn import drawn
 
@@ -120,7 +120,13 @@ def test_traced_dropout_equals_the_constant():
 
 
 def test_catalogue_of_models():
-  assert {"cnn": cnn, "decoder": decoder, "mlp": mlp} == MODELS
+  assert {
+    "cnn": cnn,
+    "decoder": decoder,
+    "mlp": mlp,
+    "pgi": pgi,
+    "quadratic_mlp": quadratic_mlp,
+  } == MODELS
 
 
 @pytest.mark.parametrize(
