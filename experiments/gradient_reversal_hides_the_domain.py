@@ -175,8 +175,9 @@ def claim() -> Claim:
     "domain; the scale is best raised gradually",
     setting="MLP on the digits, labels for plain images only, tested on images "
     f"turned by 90 degrees; {STEPS} steps of SGD with momentum, {BATCH} images per "
-    f"domain; rate and weight of the domain loss from {GRID}, chosen for every arm by validation accuracy "
-    "in the target domain; swing is the standard deviation over the second half.",
+    f"domain; rate and weight of the domain loss from {GRID}, chosen for every arm by "
+    "validation accuracy in the target domain; swing is the standard deviation over "
+    "the second half.",
     measure=measure,
     comparisons=(
       *reverse,

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from gradlab.claims import Claim, Comparison, Results
 from gradlab.data import index_block
 from gradlab.models import decoder
 from gradlab.sources import stdlib_bytes
-from gradlab.transforms.updates import ignore_k_delta
+from gradlab.transforms.updates import ignore_k_mask
 
 CONTEXT, STEPS, RATE, SENTENCES = 64, 20, 1e-3, 4
 RATES = tuple(float(r) for r in np.geomspace(1e-4, RATE, 10))
@@ -103,10 +104,19 @@ def measure(seeds: Sequence[int], folder: Path, smoke: bool) -> Results:
       return -jnp.sum(found * task["text"]) / jnp.sum(task["text"])
 
     def by_chance(update, key):
-      kept = jax.tree.map(
-        lambda u: jax.random.uniform(key, u.shape) >= arm["random"], update
-      )
-      return jax.tree.map(lambda m, u: jnp.where(m, u, 0), kept, update)
+      flat, restore = ravel_pytree(update)
+      dropped = jax.random.uniform(key, flat.shape) < arm["random"]
+      return restore(jnp.where(dropped, 0, flat))
+
+    def pruned(theta, update, after):
+      """As ``ignore_k`` with a window of one step, or of all of them at the last."""
+
+      def choose(whole, one):
+        return jax.tree.map(lambda w, o: jnp.where(arm["once"], w, o), whole, one)
+
+      delta = choose(jax.tree.map(jnp.subtract, after, params), update)
+      keep = ignore_k_mask(delta, arm["k"])
+      return jax.tree.map(jnp.where, keep, after, choose(params, theta))
 
     def step(carry, given):
       theta, state = carry
@@ -114,13 +124,9 @@ def measure(seeds: Sequence[int], folder: Path, smoke: bool) -> Results:
       update, state = rule.update(jax.grad(loss)(theta), state)
       update = jax.lax.cond(arm["random"] > 0, by_chance, lambda u, _: u, update, key)
       update = jax.tree.map(lambda u: jnp.where(count < arm["steps"], u, 0), update)
-      # A window of one step is anchored at its start, one of all at the first.
-      anchor = jax.tree.map(lambda a, t: jnp.where(arm["once"], a, t), params, theta)
-      theta = optax.apply_updates(theta, update)
+      after = optax.apply_updates(theta, update)
       due = (arm["k"] > 0) & ((arm["once"] == 0) | (count == tuning - 1))
-      theta = jax.lax.cond(
-        due, lambda t: ignore_k_delta(anchor, t, arm["k"]), lambda t: t, theta
-      )
+      theta = jax.lax.cond(due, pruned, lambda *trees: trees[-1], theta, update, after)
       return (theta, state), None
 
     given = jnp.arange(tuning), jax.random.split(key, tuning)

@@ -108,7 +108,7 @@ def state_bytes(rule):
 def measure(seeds, folder, smoke):
   """Every arm at its best of four rates."""
   del folder
-  data = stdlib_bytes(context=64, max_bytes=2**19)
+  data = stdlib_bytes(context=32, max_bytes=2**19)
   splits = [
     {name: values[:count] for name, values in split.items()}
     for split, count in ((data.train, None), (data.validation, 512), (data.test, 512))
@@ -147,7 +147,7 @@ def claim() -> Claim:
   return Claim(
     methods=("sinkgd",),
     paper="at or below Adam's perplexity with the memory of SGD",
-    setting="Byte-level decoder (2 layers, width 32, context 64) on the standard "
+    setting="Byte-level decoder (2 layers, width 32, context 32) on the standard "
     f"library's source, batch {BATCH}, {STEPS} steps; embedding, head and norms under "
     f"Adam at {OTHER}; the rate of the hidden matrices (or of everything) is {FACTORS} "
     "times 0.1 for SGD and 1e-3 for the others, chosen by validation loss; early is "

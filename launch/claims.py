@@ -35,6 +35,8 @@ from gradlab.types import ConfigError
 
 EXPERIMENTS = pathlib.Path(gradlab.__file__).parent / "experiments"
 FEWEST_SEEDS = 5
+# Columns that the terminal's tables fit into.
+WIDTH = 120
 HEADER = """# What the claims came to
 
 Each line compares an arm with its baseline over the same seeds: mean ± half of the 95%
@@ -267,6 +269,7 @@ def main(argv: Sequence[str]) -> None:
   seeds, known = parse_seeds(given.seeds), find(given.only)
   waiting = [name for name in known if given.smoke or not _measured(name, seeds)]
   console = Console(highlight=False)
+  console.width = max(console.width, WIDTH)
   context = multiprocessing.get_context("spawn")
   with (
     tempfile.TemporaryDirectory() as scratch,

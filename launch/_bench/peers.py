@@ -11,6 +11,8 @@ import optax
 from gradlab import catalog
 from gradlab.launch._bench import report
 from gradlab.launch._bench import torch as torch_
+from gradlab.launch._bench.projection import NEVER
+from gradlab.launch._bench.rules import RANK
 from gradlab.launch._bench.tree import Sizes, count, parameters
 from gradlab.launch._bench.updates import Stepper
 from gradlab.types import ConfigError, Params
@@ -35,6 +37,8 @@ class Peer(NamedTuple):
     module: where it is; ``name``: its class there.
     variants: how it may be run -> its arguments.
     given: arguments that make it gradlab's rule; ``ours``: the same for gradlab's.
+    projected: what its group of projected matrices is given besides, if it has one.
+    tolerance: of the difference of a parameter, in units of the learning rate.
   """
 
   module: str
@@ -42,11 +46,20 @@ class Peer(NamedTuple):
   variants: Mapping[str, Mapping[str, Any]]
   given: Mapping[str, Any] = {}
   ours: Mapping[str, Any] = {}
+  projected: Mapping[str, Any] = {}
+  tolerance: float = TOLERANCE
 
-  def build(self, variant: str, tensors: Sequence[torch_.Tensor]) -> Optimizer:
-    """The optimiser of these tensors."""
+  def build(self, variant: str, tensors: Mapping[str, torch_.Tensor]) -> Optimizer:
+    """The optimiser of these tensors by path."""
     optimizer = getattr(torch_.load(self.module), self.name)
-    return optimizer(list(tensors), lr=RATE, **self.given, **self.variants[variant])
+    groups: Any = list(tensors.values())
+    if self.projected:
+      chosen = {p for p, t in tensors.items() if t.ndim == 2 and "embedding" not in p}
+      groups = [
+        {"params": [t for p, t in tensors.items() if p not in chosen]},
+        {"params": [tensors[p] for p in sorted(chosen)], **self.projected},
+      ]
+    return optimizer(groups, lr=RATE, **self.given, **self.variants[variant])
 
 
 FOREACH = {"foreach": {"foreach": True}, "one by one": {"foreach": False}}
@@ -62,6 +75,31 @@ PEERS = {
   ),
   "adan": Peer("pytorch_optimizer", "Adan", FOREACH),
   "diffgrad": Peer("pytorch_optimizer", "DiffGrad", FOREACH),
+  # Plain GaLore, and the steps between two decompositions.
+  "q_galore": Peer(
+    "pytorch_optimizer",
+    "GaLore",
+    FOREACH,
+    given={"eps": 1e-8},
+    ours={
+      "rank": RANK,
+      "update_proj_gap": NEVER,
+      "seed_key": 0,
+      "lazy": False,
+      "quantize_projector": False,
+      "quantize_moments": False,
+      "quantize_weights": False,
+    },
+    projected={
+      "rank": RANK,
+      "update_proj_gap": NEVER,
+      "scale": 0.25,
+      "projection_type": "std",
+    },
+    # Neighbouring singular values of random gradients are close: float32 finds the
+    # plane of the last ones to about three digits.
+    tolerance=2e-3,
+  ),
 }
 
 
@@ -80,8 +118,12 @@ class Torch:
 
   def __init__(self, peer: Peer, variant: str, params: Params) -> None:
     with torch_.quiet():
-      self._leaves = [torch_.tensor(leaf) for leaf in jax.tree.leaves(params)]
-      self._optimizer = peer.build(variant, self._leaves)
+      named = {
+        jax.tree_util.keystr(path): torch_.tensor(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+      }
+      self._leaves = list(named.values())
+      self._optimizer = peer.build(variant, named)
     self._given: int | None = None
 
   def run(self, grads: Params, steps: int) -> list[torch_.Tensor]:
@@ -137,7 +179,7 @@ def measure_rule(
     for each in grads:
       leaves = theirs[variant].run(each, 1)
     found = difference(after_steps, leaves)
-    if not found <= TOLERANCE * RATE:
+    if not found <= peer.tolerance * RATE:
       raise ConfigError(
         f"peers: {name} and {peer.module}.{peer.name} ({variant}) differ by "
         f"{found:.1e} after {len(grads)} steps; the benchmark compares the versions "

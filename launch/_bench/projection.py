@@ -25,25 +25,27 @@ class Part(NamedTuple):
 
 
 def _rules(rank: int) -> dict[str, optax.GradientTransformation]:
-  def galore(gap: int, **switches: bool) -> optax.GradientTransformation:
+  def galore(gap: int, quantised: bool) -> optax.GradientTransformation:
     return updates.q_galore(
-      RATE, rank=rank, update_proj_gap=gap, seed_key=KEY, lazy=False, **switches
+      RATE,
+      rank=rank,
+      update_proj_gap=gap,
+      seed_key=KEY,
+      lazy=False,
+      quantize_projector=quantised,
+      quantize_moments=quantised,
+      quantize_weights=quantised,
     )
 
-  floats = {
-    "quantize_projector": False,
-    "quantize_moments": False,
-    "quantize_weights": False,
-  }
   identity = optax.identity()
   return {
     "projection alone": updates.low_rank_projection(
       rank, update_proj_gap=NEVER, inner=identity
     ),
-    "step, all in floats": galore(NEVER, **floats),
-    "step, all quantised": galore(NEVER),
-    "step with a refresh, in floats": galore(1, **floats),
-    "step with a refresh, quantised": galore(1),
+    "step, all in floats": galore(NEVER, False),
+    "step, all quantised": galore(NEVER, True),
+    "step with a refresh, in floats": galore(1, False),
+    "step with a refresh, quantised": galore(1, True),
   }
 
 

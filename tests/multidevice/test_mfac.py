@@ -52,6 +52,5 @@ def test_what_devices_exchange_is_a_few_numbers_per_row():
     if " all-reduce(" in line
     for shape in re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce(")[0])
   ]
-  print("all-reduce sizes", sizes)
   assert sizes
   assert sum(sizes) <= 3 * (M + 1)

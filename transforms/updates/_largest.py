@@ -53,7 +53,7 @@ def _common_float(dtypes: set[Any]) -> Any:
 def _key(leaf: jax.Array, dtype: Any, by: By) -> jax.Array:
   """Signed integers in the order of the entries; NaN is one above infinity."""
   signed = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[dtype.itemsize]
-  rest = jnp.asarray(jnp.iinfo(signed).max, signed)
+  rest = jnp.asarray(2 ** (8 * dtype.itemsize - 1) - 1, signed)
   infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), signed)
   bits = lax.bitcast_convert_type(leaf.astype(dtype), signed)
   magnitude = jnp.minimum(bits & rest, infinity + jnp.ones((), signed))
@@ -99,6 +99,7 @@ def drop_largest(
   keys = [_key(leaf, dtype, by) for leaf in leaves]
   places, sizes = _places(leaves, groups)
   integer = keys[0].dtype
+  rounds = 8 * integer.itemsize - 1
 
   def total(parts: list[jax.Array]) -> jax.Array:
     sums = [jnp.zeros((), jnp.int32)] * len(num)
@@ -111,7 +112,7 @@ def drop_largest(
 
   def raise_bit(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     threshold, reach, exceed = found
-    bit = jnp.ones((), integer) << (8 * integer.itemsize - 2 - i).astype(integer)
+    bit = jnp.ones((), integer) << (rounds - 1 - i).astype(integer)
     count = reaching(threshold | bit)
     up = count >= num
     return (
@@ -126,14 +127,13 @@ def drop_largest(
   every = jnp.asarray(sizes, jnp.int32)
   start = zero, every, nothing
   if by == "signed":
-    count, low = reaching(zero), jnp.full_like(zero, jnp.iinfo(integer).min)
+    count, low = reaching(zero), jnp.full_like(zero, -(2**rounds))
     up = count >= num
     start = (
       jnp.where(up, zero, low),
       jnp.where(up, count, every),
       jnp.where(up, nothing, count),
     )
-  rounds = 8 * integer.itemsize - 1
   threshold, reach, exceed = lax.fori_loop(0, rounds, raise_bit, start)
   quota, ties = num - exceed, reach - exceed
 

@@ -5,6 +5,7 @@ or of orthonormal columns (m, r), the "left" one; what an optimiser then sees is
 :math:`R = G P^T` or :math:`R = P^T G`. Bases are kept in floats or as a ``QTensor``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,8 +79,11 @@ def init_projector(
   r = min(rank, m, n)
   projector: Any = jnp.zeros((*lead, r, n) if right else (*lead, m, r), dtype)
   if proj_bits is not None:
-    pack = lambda p: quantise.affine_quantize(  # noqa: E731
-      p, proj_bits, proj_group_size, zero_in_range=zero_in_range
+    pack = functools.partial(
+      quantise.affine_quantize,
+      bits=proj_bits,
+      group_size=proj_group_size,
+      zero_in_range=zero_in_range,
     )
     projector = _of_each(pack, bool(lead))(projector)
   counter = jnp.zeros(lead, jnp.int32)
@@ -161,7 +165,7 @@ def lazy_refresh(
 
   def refreshed(state: ProjectorState, g: jax.Array) -> ProjectorState:
     dtype = state.lead.dtype
-    r = min(_rank(state.projector, one_side), *g.shape)
+    r = state.projector.shape[-2 if one_side == "right" else -1]
     p: Any = jnp.asarray(decompose(g, r, one_side)).astype(dtype)
     lead = p[0] if one_side == "right" else p[:, 0]
     cosine = jnp.dot(state.lead, lead, precision="highest")
@@ -204,11 +208,6 @@ def lazy_refresh(
     state,
   )
   return out
-
-
-def _rank(projector: Any, side: str) -> int:
-  shape = projector.shape
-  return int(shape[-2] if side == "right" else shape[-1])
 
 
 class Projection(NamedTuple):

@@ -136,6 +136,8 @@ def quantised_moments(
   parameters loses digits that it needs: name its field in ``skip``. Two 8-bit moments
   take 2.03 bytes per parameter instead of 8, two 4-bit ones 1.06. At 4 bits a previous
   gradient is rough, and so are the differences that adan and diffgrad take with it.
+  This is what is kept between steps: within one, XLA may hold the float32 moments of
+  several parameters at a time, on the CPU of all.
 
   Codes are shaped and placed like their parameter (at 4 bits with half of the last
   axis); blocks run along the flattened array, so a parameter that is divided along any
@@ -208,7 +210,8 @@ def quantised_moments(
         signed = field not in second_moments
         none = jnp.zeros(0)
         form = QuantisedMoment(none, none, shape, dtype, bits, block, signed)
-        return form.quantise(x)
+        # Else XLA works out the codes of these zeros while it compiles, slowly.
+        return form.quantise(jax.lax.optimization_barrier(jnp.asarray(x)))
 
       state = jax.tree_util.tree_map_with_path(leaf, within.init(params))
       return QuantisedMomentsState(as_key(key) if stochastic_rounding else None, state)

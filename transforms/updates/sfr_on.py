@@ -111,7 +111,8 @@ def adaptive_forget_weights(
 
 def _check_like(name: str, tree: Any, other_name: str, other: Any) -> None:
   """Raises ValueError unless both trees have one structure and equal shapes."""
-  ours, theirs = jax.tree.structure(tree), jax.tree.structure(other)
+  ours: Any = jax.tree.structure(tree)
+  theirs: Any = jax.tree.structure(other)
   if ours != theirs:
     raise ValueError(
       f"{name} must have the structure of {other_name}, {theirs}, got {ours}."
