@@ -89,6 +89,8 @@ def plus_minus(found: Estimate) -> str:
     >>> from gradlab.launch._report.statistics import Estimate, plus_minus
     >>> plus_minus(Estimate(0.95563, 0.00343, 5, 0))
     '0.9556 ± 0.0034'
+    >>> plus_minus(Estimate(406.4, 123.4, 5, 0))
+    '406 ± 123'
     >>> plus_minus(Estimate(0.95563, float("nan"), 1, 0))
     '0.9556'
   """
@@ -99,6 +101,8 @@ def plus_minus(found: Estimate) -> str:
   if found.half == 0:
     return f"{found.mean:.4g} ± 0"
   digits = 1 - math.floor(math.log10(found.half))
-  if not 0 <= digits <= 7:
+  if digits < 0:
+    return f"{found.mean:.0f} ± {found.half:.0f}"
+  if digits > 7:
     return f"{found.mean:.4g} ± {found.half:.2g}"
   return f"{found.mean:.{digits}f} ± {found.half:.{digits}f}"

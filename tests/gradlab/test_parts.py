@@ -96,6 +96,25 @@ def test_floats_of_inner_rules_are_hyperparameters():
   np.testing.assert_allclose(controlled, 0.02, rtol=1e-6)
 
 
+def test_a_piece_that_goes_around_the_others_does_so_in_a_stage():
+  pieces = {
+    "low_rank_projection": {"rank": 2},
+    "quantised_moments": {"bits": 8, "min_size": 0},
+    "diffgrad": {"learning_rate": 0.01},
+  }
+  program, batch = _program(pieces)
+  state = program.init(jax.random.key(0), batch["inputs"])
+  (outer,) = state.update
+  assert outer == "low_rank_projection"
+  low = state.update[outer].inner["quantised_moments"].inner["diffgrad"]
+  shapes = {x.shape for x in jax.tree.leaves(low) if x.dtype == jnp.uint8}
+  assert (64, 2) in shapes  # the moments of the first layer in its subspace
+  after, _ = program.step(state, batch)
+  assert program.hyperparams["update.diffgrad.learning_rate"] == 0.01
+  moved = jax.tree.map(lambda a, b: jnp.any(a != b), state.params, after.params)
+  assert any(jax.tree.leaves(moved))
+
+
 @pytest.mark.parametrize(
   ("given", "says"),
   [

@@ -38,7 +38,9 @@ def trajectory(theta, updates, k, window, scope="leaf"):
   theta = [np.asarray(leaf, np.float64) for leaf in theta]
   anchor, out = theta, []
   for step, update in enumerate(updates, start=1):
-    theta = [leaf + np.asarray(u, np.float64) for leaf, u in zip(theta, update, strict=True)]
+    theta = [
+      leaf + np.asarray(u, np.float64) for leaf, u in zip(theta, update, strict=True)
+    ]
     if step % window == 0:
       delta = [leaf - a for leaf, a in zip(theta, anchor, strict=True)]
       mask = keep(delta, k, scope)

@@ -43,7 +43,8 @@ class BlockAdam(NamedTuple):
       one = zeros[0] if stacked else zeros
       if not (self.quantize and one.size and one.size >= self.min_size):
         return zeros
-      return self.pack(zeros, signed, stacked)
+      # As constants, they would be quantised by the compiler, for minutes.
+      return self.pack(jax.lax.optimization_barrier(zeros), signed, stacked)
 
     return jax.tree.map(leaf, params, states, shapes)
 

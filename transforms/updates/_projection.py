@@ -85,7 +85,7 @@ def init_projector(
       group_size=proj_group_size,
       zero_in_range=zero_in_range,
     )
-    projector = _of_each(pack, bool(lead))(projector)
+    projector = _of_each(pack, bool(lead))(jax.lax.optimization_barrier(projector))
   counter = jnp.zeros(lead, jnp.int32)
   return ProjectorState(
     projector,

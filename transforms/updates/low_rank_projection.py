@@ -73,6 +73,8 @@ def _around(
     out = jax.tree.map(leaf, low, updates, states)
     return out, LowRankState(optax.safe_increment(state.count), states, kept)
 
+  if inner is not None:
+    return optax.GradientTransformationExtraArgs(init, update)
   transform = Around(init, update)
   transform.around = lambda inner: _around(projection, scale, inner)
   return transform

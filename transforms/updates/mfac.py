@@ -140,9 +140,9 @@ def mfac(
 
   .. math::
     g_t &= \nabla f(\theta_t) + \rho \theta_t, \qquad
-    F_t = \lambda I + \tfrac1m \sum_{s = t - m + 1}^{t} g_s g_s^\top \
+    F_t = \lambda I + \tfrac1m \sum_{s = t - m + 1}^{t} g_s g_s^\top \\
     u_t &= F_t^{-1} g_t = m G^\top (m \lambda I + G G^\top)^{-1} e_j
-    \quad \text{(slot } j = t \bmod m \text{ holds } g_t) \
+    \quad \text{(slot } j = t \bmod m \text{ holds } g_t) \\
     v_t &= \mu v_{t-1} + (1 - \mu) u_t, \qquad
     \theta_{t+1} = \theta_t - \eta v_t
 

@@ -156,3 +156,14 @@ def test_bad_arguments(options, message):
 def test_integer_leaves():
   with pytest.raises(ValueError, match="floating-point"):
     low_rank_projection(2).init({"a": jnp.ones((3, 3), jnp.int32)})
+
+
+def test_a_projection_with_its_own_inner_is_a_plain_link_of_a_chain():
+  g = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+  projection = low_rank_projection(2, inner=optax.scale(3.0))
+  links = chain(projection, optax.scale(0.5))
+  plain = optax.chain(projection, optax.scale(0.5))
+  found, state = links.update(g, links.init(g))
+  expected, same = plain.update(g, plain.init(g))
+  np.testing.assert_array_equal(found, expected)
+  assert jax.tree.structure(state) == jax.tree.structure(same)
