@@ -18,7 +18,7 @@ from gradlab.models import decoder
 from gradlab.sources import stdlib_bytes
 from gradlab.transforms.updates import attach_prompt, init_prompt, promot
 
-CONTEXT, TOKENS, BATCH, STEPS = 40, 8, 16, 80
+CONTEXT, TOKENS, BATCH, STEPS = 40, 8, 16, 160
 YES, NO, ASK = ord("Y"), ord("N"), b" #def? "
 # Steps of the first stage, rate of the prompt, rate of the model: as many per arm.
 GRIDS = {
