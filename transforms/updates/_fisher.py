@@ -29,12 +29,15 @@ def _root(gram: jax.Array, damping: jax.Array) -> jax.Array:
   m = gram.shape[0]
   eye = jnp.eye(m, dtype=gram.dtype)
   root = jnp.linalg.cholesky(gram + m * damping * eye)
-  # Nearly dependent gradients: rounding may have made the matrix indefinite.
-  lift = m * damping + 4 * float(np.finfo(gram.dtype).eps) * jnp.trace(gram)
+  sound = jnp.all(jnp.isfinite(root))
+  # Nearly dependent gradients: rounding may have made the matrix indefinite. The lift
+  # waits for the first root: under vmap both are computed, and two batches of
+  # factorisations at once can lock up the thread pool of XLA:CPU.
+  more = jnp.where(sound, 0, 4 * float(np.finfo(gram.dtype).eps) * jnp.trace(gram))
   return lax.cond(
-    jnp.all(jnp.isfinite(root)),
+    sound,
     lambda: root,
-    lambda: jnp.linalg.cholesky(gram + lift * eye),
+    lambda: jnp.linalg.cholesky(gram + (m * damping + more) * eye),
   )
 
 

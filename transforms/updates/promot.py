@@ -176,11 +176,11 @@ def promot(
   corrections and schedules at 0. For any other task the model is used without P.
 
   This is ``optax.partition`` over two ``optax.conditionally_mask``, with float32
-  states. They count their own calls: put ``optax.MultiSteps`` outside. A config holds
-  no transformations; there, name a function of your own, "module:function", that
-  returns ``promot(...)``. The states of both exist for the whole run, and both
-  gradients are computed: differentiate by the prompt alone in a stage of its own where
-  that matters.
+  states. They count their own calls: put ``optax.MultiSteps`` outside. A config names
+  update rules in the places of ``prompt_tx`` and ``model_tx``, and a mapping from
+  branches of params to bools as ``is_prompt``. The states of both exist for the whole
+  run, and both gradients are computed: differentiate by the prompt alone in a stage of
+  its own where that matters.
 
   Args:
     prompt_tx: updates the prompt; its rate is large, 0.1 to 0.5.
