@@ -42,7 +42,7 @@ def _kinds(annotation: Any) -> set[str]:
     return {"object"}
   if (origin or annotation) in (dict, Mapping):
     return {"mapping"}
-  if inspect.isclass(annotation):
+  if inspect.isclass(annotation) and annotation is not Any:
     update = issubclass(annotation, optax.GradientTransformation)
     return {"updates"} if update else {"object"}
   return {"any"}

@@ -140,3 +140,21 @@ def test_an_objective_that_asks_for_a_key_gets_a_new_one_each_step():
     assert metrics["given"] == 1
     drawn.append(float(metrics["number"]))
   assert len(set(drawn)) == 3
+
+
+def test_a_mapping_of_bools_may_stand_where_anything_may():
+  program, batch = _program(
+    {
+      "promot": {
+        "prompt_tx": {"adamw": {"learning_rate": 0.1}},
+        "model_tx": {"adan": {"learning_rate": 0.01}},
+        "num_prompt_steps": 1,
+        "is_prompt": {"head": True, "hidden_0": False},
+      }
+    }
+  )
+  state = program.init(jax.random.key(0), batch["inputs"])
+  after, _ = program.step(state, batch)
+  before, now = state.params, after.params
+  assert jnp.any(now["head"]["bias"] != before["head"]["bias"])
+  assert jnp.all(now["hidden_0"]["kernel"] == before["hidden_0"]["kernel"])
