@@ -98,7 +98,8 @@ def plus_minus(found: Estimate) -> str:
     return "none finite" if found.nonfinite else ""
   if not math.isfinite(found.half):
     return f"{found.mean:.4g}"
-  if found.half == 0:
+  # Equal numbers, up to the rounding of their mean.
+  if found.half <= 1e-12 * abs(found.mean):
     return f"{found.mean:.4g} ± 0"
   digits = 1 - math.floor(math.log10(found.half))
   if digits < 0:
