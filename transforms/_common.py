@@ -1,11 +1,13 @@
 """Helpers that several families share: keys, checks of arguments, leaf paths."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def as_key(key: int | jax.Array) -> jax.Array:
@@ -70,3 +72,28 @@ def check_float_leaves(tree: Any, method: str) -> None:
         f"{method} needs floating-point gradients, but {where} is "
         f"{jnp.result_type(leaf)}."
       )
+
+
+def one_by_one(
+  decompose: Callable[[jax.Array], Any],
+) -> Callable[[jax.Array], Any]:
+  """A matrix decomposition that is never batched on a CPU, whatever ``vmap`` asks.
+
+  XLA:CPU gives a batch of decompositions to its thread pool and waits there; as many
+  batches at once as the pool has threads (two leaves on two cores) wait for ever.
+
+  Args:
+    decompose: of one matrix (m, n); returns arrays.
+
+  Returns:
+    The same function of an array (..., m, n).
+  """
+  alone = jax.custom_batching.sequential_vmap(decompose)
+
+  def every(x: jax.Array) -> Any:
+    many, one = decompose, alone
+    for _ in range(x.ndim - 2):
+      many, one = jax.vmap(many), jax.vmap(one)
+    return lax.platform_dependent(x, cpu=one, default=many)
+
+  return every

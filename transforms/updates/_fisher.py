@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-from gradlab.transforms._common import check_range
+from gradlab.transforms._common import check_range, one_by_one
 from gradlab.transforms.updates import _common as common
 
 
@@ -28,16 +28,12 @@ def _root(gram: jax.Array, damping: jax.Array) -> jax.Array:
   """The lower Cholesky factor of ``m damping I + gram``."""
   m = gram.shape[0]
   eye = jnp.eye(m, dtype=gram.dtype)
-  root = jnp.linalg.cholesky(gram + m * damping * eye)
-  sound = jnp.all(jnp.isfinite(root))
-  # Nearly dependent gradients: rounding may have made the matrix indefinite. The lift
-  # waits for the first root: under vmap both are computed, and two batches of
-  # factorisations at once can lock up the thread pool of XLA:CPU.
-  more = jnp.where(sound, 0, 4 * float(np.finfo(gram.dtype).eps) * jnp.trace(gram))
+  factorised = one_by_one(jnp.linalg.cholesky)
+  root = factorised(gram + m * damping * eye)
+  # Nearly dependent gradients: rounding may have made the matrix indefinite.
+  lift = m * damping + 4 * float(np.finfo(gram.dtype).eps) * jnp.trace(gram)
   return lax.cond(
-    sound,
-    lambda: root,
-    lambda: jnp.linalg.cholesky(gram + (m * damping + more) * eye),
+    jnp.all(jnp.isfinite(root)), lambda: root, lambda: factorised(gram + lift * eye)
   )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradlab.transforms._common import check_range
+from gradlab.transforms._common import check_range, one_by_one
 from gradlab.transforms.updates._common import accumulator, scalar
 
 Projection = Callable[[jax.Array], jax.Array]
@@ -103,7 +103,7 @@ def spectral(
   wide = _over(wide, _largest(wide, (-2, -1)))
   longer = max(x.shape[-2:])
   if method == "svd":
-    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, s, vt = one_by_one(lambda x: jnp.linalg.svd(x, full_matrices=False))(wide)
     noise = longer * np.finfo(wide.dtype).eps * jnp.max(s, -1, keepdims=True, initial=0)
     kept = jnp.where(s <= noise, 0, jnp.ones_like(s))
     polar = jnp.matmul(u * kept[..., None, :], vt, precision="highest")

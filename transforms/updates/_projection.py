@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradlab.transforms._common import check_range
+from gradlab.transforms._common import check_range, one_by_one
 from gradlab.transforms.updates import _common as common
 from gradlab.transforms.updates import _matrices
 from gradlab.transforms.updates import _quantise as quantise
@@ -107,7 +107,7 @@ def basis(state: ProjectorState) -> Any:
 
 def singular_vectors(gradient: jax.Array, rank: int, side: str) -> jax.Array:
   """The leading right singular vectors as rows, or the left ones as columns."""
-  u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+  u, _, vt = one_by_one(lambda x: jnp.linalg.svd(x, full_matrices=False))(gradient)
   return vt[:rank] if side == "right" else u[:, :rank]
 
 
