@@ -51,6 +51,7 @@ def _wide(leaves: list[Any]) -> Any:
 
 
 def init_window(params: optax.Params, m: int, grad_dtype: Any) -> MFACState:
+  """An empty window for ``m`` gradients of these parameters."""
   params = floating(params)
 
   def rows(p: Any) -> jax.Array:

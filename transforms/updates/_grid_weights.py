@@ -59,6 +59,7 @@ def quantize_params(
 
 
 def is_stored(node: Any) -> bool:
+  """Whether the node is a leaf in its storage form."""
   return isinstance(node, QTensor)
 
 
