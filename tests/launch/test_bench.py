@@ -5,6 +5,7 @@ import json
 import types
 
 import jax
+import optax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -13,6 +14,7 @@ from rich.console import Console
 from gradlab.launch import bench
 from gradlab.launch._bench import report
 from gradlab.launch._bench import updates as bench_updates
+from gradlab.launch._bench.rules import Rule
 from gradlab.types import ConfigError
 
 
@@ -96,7 +98,7 @@ def _terminal(section):
 
 def test_terminal_table_of_the_rules_fits():
   rule = bench_updates.Measured(
-    "a_rule_of_length_20",
+    Rule("element-wise", optax.identity, "a_rule_of_length_20"),
     [199.0],
     [99.0],
     1.57,
@@ -164,9 +166,7 @@ def test_a_section_that_does_not_exist(parsed):
 
 def test_no_section(parsed):
   parsed.only = []
-  with pytest.raises(
-    ConfigError, match="at least one of loop, startup, updates, methods"
-  ):
+  with pytest.raises(ConfigError, match="at least one of loop, startup, updates, deep"):
     bench.main(["bench"])
 
 
