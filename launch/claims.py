@@ -37,12 +37,14 @@ EXPERIMENTS = pathlib.Path(gradlab.__file__).parent / "experiments"
 FEWEST_SEEDS = 5
 # Columns that the terminal's tables fit into.
 WIDTH = 120
+VERDICTS = ("holds", "does not hold", "not decided at this size")
 HEADER = """# What the claims came to
 
-Each line compares an arm with its baseline over the same seeds: mean ± half of the 95%
-interval, and the gain (how much better the method is) from the differences by seed.
-A claim holds where the whole interval of the gain is beyond the margin, does not hold
-where it is short of it, and is not decided at this size where it covers it. Written by
+How many comparisons of each claim hold, and below, claim by claim, what they are. A
+line compares an arm with its baseline over the same seeds: mean ± half of the 95%
+interval, and the gain (how much better the method is) from the differences by seed. It
+holds where the whole interval of the gain is beyond the margin, does not hold where it
+is short of it, and is not decided at this size where it covers it. Written by
 `python -m gradlab.launch.claims` from the numbers in `results/`.
 """
 
@@ -178,43 +180,54 @@ def numbers(name: str) -> dict[str, Any] | None:
 
 def lines(known: Mapping[str, Claim]) -> Iterator[str]:
   """``RESULTS.md``, from the claims and the numbers that are there."""
+  measured = {name: numbers(name) for name in known}
   yield from HEADER.splitlines()
   yield ""
-  yield "| method | the paper says | compared here | method | baseline | gain | |"
-  yield "| --- | --- | --- | --- | --- | --- | --- |"
+  yield f"| method | the paper says | {' | '.join(VERDICTS)} |"
+  yield "| --- | --- | --- | --- | --- |"
   for name, claim in known.items():
-    found = numbers(name)
-    for place, comparison in enumerate(claim.comparisons):
-      decided = None if found is None else decide(comparison, found["arms"])
-      yield f"| {' | '.join(_cells(name, claim, comparison, decided, place))} |"
+    found = measured[name]
+    verdicts = (
+      []
+      if found is None
+      else [decide(c, found["arms"]).verdict for c in claim.comparisons]
+    )
+    counts = " | ".join(str(verdicts.count(v)) if verdicts else "" for v in VERDICTS)
+    yield f"| [{', '.join(claim.methods)}](#{name}) | {claim.paper} | {counts} |"
   for name, claim in known.items():
-    found = numbers(name)
-    yield ""
-    yield f"**[{name}]({name}.py).** {claim.setting}"
-    if found is None:
-      continue
-    cost = f"{found['cpu_seconds']:.0f} CPU-seconds"
-    if found["backend"] != "cpu":
-      cost = f"{found['seconds']:.0f} s on a {found['backend'].upper()}"
-    yield f"{len(found['seeds'])} seeds, {cost}, jax {found['jax']}."
-    if picked := _picked(found["chosen"]):
-      yield f"Chosen: {picked}."
+    yield from _section(name, claim, measured[name])
 
 
-def _cells(
-  name: str, claim: Claim, comparison: Comparison, decided: Decided | None, place: int
-) -> list[str]:
-  first = ", ".join(f"[{m}]({name}.py)" for m in claim.methods)
-  margin = f", margin {comparison.margin:g}" if comparison.margin else ""
-  asked = (
-    f"{comparison.says}: {comparison.metric} ({comparison.better} is better{margin}), "
-    f"{comparison.method} against {comparison.baseline}"
-  )
-  head = ["" if place else first, "" if place else claim.paper, asked]
-  if decided is None:
-    return [*head, "", "", "", "not measured"]
-  shown = [plus_minus(e) for e in (decided.method, decided.baseline, decided.gain)]
-  return [*head, *shown, f"**{decided.verdict}**"]
+def _section(name: str, claim: Claim, found: Mapping[str, Any] | None) -> Iterator[str]:
+  """One claim: what was run, and a line for each comparison."""
+  yield from ("", f"## {name}", "", f"[{name}.py]({name}.py): {claim.setting}")
+  if found is None:
+    yield "Not measured."
+    return
+  cost = f"{found['cpu_seconds']:.0f} CPU-seconds"
+  if found["backend"] != "cpu":
+    cost = f"{found['seconds']:.0f} s on a {found['backend'].upper()}"
+  yield f"{len(found['seeds'])} seeds, {cost}, jax {found['jax']}."
+  if picked := _picked(found["chosen"]):
+    yield f"Chosen: {picked}."
+  yield ""
+  yield "| compared | metric | method | baseline | gain | verdict |"
+  yield "| --- | --- | --- | --- | --- | --- |"
+  for comparison in claim.comparisons:
+    cells = _cells(comparison, decide(comparison, found["arms"]))
+    yield f"| {' | '.join(cells)} |"
+
+
+def _cells(asked: Comparison, decided: Decided) -> list[str]:
+  margin = f", margin {asked.margin:.3g}" if asked.margin else ""
+  return [
+    asked.says,
+    f"{asked.metric}, {asked.better} is better{margin}",
+    f"{asked.method}: {plus_minus(decided.method)}",
+    f"{asked.baseline}: {plus_minus(decided.baseline)}",
+    plus_minus(decided.gain),
+    f"**{decided.verdict}**",
+  ]
 
 
 def _picked(chosen: Mapping[str, Any]) -> str:

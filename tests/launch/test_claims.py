@@ -89,13 +89,29 @@ def test_a_comparison_of_what_was_not_measured(change, says):
     claims.decide(ASKED._replace(**change), arms)
 
 
-def test_lines_of_a_claim_that_was_not_measured(monkeypatch):
-  monkeypatch.setattr(claims, "numbers", lambda name: None)
+def test_lines_of_a_claim(monkeypatch):
   claim = Claim(("adan",), "fast", "A sum.", lambda *_: {}, (ASKED,))
-  written = "\n".join(claims.lines({"sums": claim}))
-  assert "| [adan](sums.py) | fast | faster: steps (lower is better), new" in written
-  assert "| not measured |" in written
-  assert "**[sums](sums.py).** A sum." in written
+  monkeypatch.setattr(claims, "numbers", lambda name: None)
+  written = list(claims.lines({"sums": claim}))
+  assert "| [adan](#sums) | fast |  |  |  |" in written
+  assert written[-2:] == ["[sums.py](sums.py): A sum.", "Not measured."]
+  found = {
+    "arms": {"new": {"steps": [5, 6, 4]}, "old": {"steps": [9, 9, 10]}},
+    "seeds": [0, 1, 2],
+    "cpu_seconds": 7.2,
+    "backend": "cpu",
+    "jax": "0.10",
+    "chosen": {"new": {"stages.train.rate": 0.5}, "old": {}},
+  }
+  monkeypatch.setattr(claims, "numbers", lambda name: found)
+  written = list(claims.lines({"sums": claim}))
+  assert "| [adan](#sums) | fast | 1 | 0 | 0 |" in written
+  assert "3 seeds, 7 CPU-seconds, jax 0.10." in written
+  assert "Chosen: new rate 0.5." in written
+  assert written[-1] == (
+    "| faster | steps, lower is better | new: 5.0 ± 2.5 | old: 9.3 ± 1.4 | 4.3 ± 3.8 | "
+    "**holds** |"
+  )
 
 
 def test_bad_seeds_and_names():
